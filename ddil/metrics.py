@@ -80,7 +80,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     moments = [moment for features in (a.cpu().numpy(), b.cpu().numpy()) for moment in (features.mean(0), np.cov(features, rowvar=False, ddof=1))]
     return float(between_gaussians(*moments))
 
-# %% ../nbs/11_metrics.ipynb #4413e65d
+# %% ../nbs/11_metrics.ipynb #2c511988
 def _radii(features: Tensor, k: int, block: int) -> Tensor:
     """Distance (n,) of each row to its k-th nearest neighbour, not counting itself."""
     return torch.cat([distance.kthvalue(k + 1, dim=1).values for _, distance in _distances(features, features, block)])
@@ -92,7 +92,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 1024) 
     Strictly inside a ball counts, so all-equal points give 0. `block`: rows at a time, memory is block × max(n, m) float64; it does not change the result.
     Raises ValueError unless 1 <= k < min(n, m), for unequal d, or for what is not finite. Agrees with the package prdc.
     """
-    real, fake = _matrix(real, "real features", rows=2), _matrix(fake, "fake features", rows=2).to(torch.as_tensor(real).device)
+    real = _matrix(real, "real features", rows=2)
+    fake = _matrix(fake, "fake features", rows=2).to(real.device)
     _same_width(real, fake, "real and fake features")
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"k = {k} neighbours need 1 <= k < {min(len(real), len(fake))}, as there are {len(real)} real and {len(fake)} fake samples")
