@@ -1,0 +1,80 @@
+"""A real papermill run refuses parameters that cannot be used, reports its progress, and leaves a result with the command that makes it anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddil.experiment import command_line
+from ddil.results import read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS = """
+updates: int = 4
+rate: float = 1.0e-3
+steps: list = [4, 2, 1]
+shuffle: bool = True
+name: str = "tiny"
+output: str = "runs"
+"""
+CHECK = """
+from ddil.experiment import *
+from ddil.results import row, write_results
+given = check_parameters(globals(), {"updates": whole(), "rate": number(0, 1), "steps": halving_steps(), "shuffle": flag(), "name": text(), "output": text()})
+"""
+RUN = """
+reached = [float(update) for update in progress(range(given.updates), "training")]
+rows = [row(given.name, steps, "error", {seed: given.rate * seed + steps for seed in (0, 1)}) for steps in given.steps]
+write_results(given.output, "tiny", {"error": {"samples": len(reached), "shuffle": given.shuffle}}, command_line("tiny.ipynb", given), rows)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an experiment as small as can be."""
+    cells = [{"cell_type": "code", "id": f"cell{i}", "execution_count": None, "metadata": {"tags": ["parameters"]} if i == 0 else {}, "outputs": [],
+              "source": source.strip()} for i, source in enumerate((PARAMETERS, CHECK, RUN))]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    (tmp_path / "tiny.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    return tmp_path
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line as `make` would: this environment's python, this checkout's code, progress for a log."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log"}
+    return subprocess.run(command, shell=True, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+
+def test_bad_parameters_stop_the_run(folder: Path) -> None:
+    """A misspelt name and values of the wrong type are told together, and nothing is computed."""
+    done = shell(command_line("tiny.ipynb", {"updates": "many", "stpes": [8, 4], "shuffle": "no", "steps": "8,4,3", "output": "out"}), folder)
+    assert done.returncode == 1
+    for told in ("4 of the parameters cannot be used", "stpes = [8, 4]: there is no such parameter (did you mean steps?)", "updates = 'many' must be a whole number of at least 1",
+                 "shuffle = 'no' must be True or False", "3 is not half of 4: write 2 after 4"):
+        assert told in done.stderr, done.stderr
+    assert not (folder / "out/results.json").exists()
+
+
+def test_a_result_makes_itself_anew(folder: Path) -> None:
+    """The command in a result, pasted into a shell, gives the same result; texts that look like something else survive it."""
+    parameters = {"updates": 7, "rate": 1e-05, "steps": [8, 4], "shuffle": False, "name": "None of \"it\"; 1e3 | é", "output": "out/with space"}
+    done = shell(f"{command_line('tiny.ipynb', parameters)} --log-output", folder)
+    assert done.returncode == 0, done.stderr
+    assert any("training: 100%" in line and "7/7" in line for line in done.stderr.replace("\r", "\n").splitlines()), done.stderr
+    file = folder / "out/with space/results.json"
+    results = read_results(file)
+    assert [(entry["arm"], entry["steps"], entry["mean"], entry["n"]) for entry in results["rows"]] == [(parameters["name"], 8, 8.000005, 2), (parameters["name"], 4, 4.000005, 2)]
+    assert results["protocol"] == {"error": {"samples": 7, "shuffle": False}}
+    assert shlex.split(results["command"]) == shlex.split(command_line("tiny.ipynb", parameters))
+
+    first = file.read_bytes()
+    file.unlink()
+    again = shell(results["command"], folder)
+    assert again.returncode == 0, again.stderr
+    assert file.read_bytes() == first
