@@ -117,7 +117,7 @@ class Denoiser(nn.Module):
         """Where the weights are (the CPU for a denoiser without weights)."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-# %% ../nbs/03_denoiser.ipynb #e8e428b3
+# %% ../nbs/03_denoiser.ipynb #747b2c5b
 class NetworkDenoiser(Denoiser):
     """A network that outputs `prediction` (one of PREDICTIONS), told the time as the discrete index `knots` t - 1."""
 
@@ -130,7 +130,8 @@ class NetworkDenoiser(Denoiser):
     def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
         index = t * self.knots - 1
         index = index.float() if isinstance(t, Tensor) else torch.full((len(z),), index, device=z.device)
-        output = self.output(z.to(self.network.dtype), index, cond)
+        weights = next(self.network.parameters()).dtype  # diffusers' own property walks through the whole network
+        output = self.output(z.to(weights), index, cond)
         return to_x(self.prediction, output.to(z.dtype), z, *coefficients(self.schedule, t, z))
 
     def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:

@@ -169,9 +169,9 @@ def device() -> Checker:
         return str(value)
     return check
 
-# %% ../nbs/17_experiment.ipynb #bea4235d
+# %% ../nbs/17_experiment.ipynb #1a0d5961
 _INJECTED = (str, int, float, list, tuple, set, dict, type(None))
-_NOT_OURS = ("In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH")  # IPython's history, and papermill's --inject-paths
+_NOT_OURS = ("In", "Out")  # IPython's history; capitals are constants, imported or papermill's (--inject-paths)
 
 
 def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> SimpleNamespace:
@@ -180,7 +180,7 @@ def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> S
     Raises one ValueError that lists every unknown, missing or unusable parameter with its value and the remedy.
     """
     unknown = [name for name, value in names.items()
-               if name not in spec and not name.startswith("_") and name not in _NOT_OURS and isinstance(value, _INJECTED)]
+               if name not in spec and not name.startswith("_") and not name.isupper() and name not in _NOT_OURS and isinstance(value, _INJECTED)]
     problems = [f"{name} = {names[name]!r}: there is no such parameter{did_you_mean(name, spec)}; known are {', '.join(spec)}" for name in unknown]
     values = {}
     for name, checker in spec.items():

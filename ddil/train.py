@@ -74,18 +74,19 @@ def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator
         raise RuntimeError(f"launched as {meant} processes but accelerate sees {accelerator.num_processes}: start with `python -m torch.distributed.run`")
     return accelerator
 
-# %% ../nbs/11_train.ipynb #7291bc64
+# %% ../nbs/11_train.ipynb #7ff6a777
 class Average:
-    """Exponential moving average of a module's trainable parameters, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
+    """Exponential moving average of the trainable parameters of `module`, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.names = decay, [name for name, p in module.named_parameters() if p.requires_grad]
-        self.values = [p.detach().clone() for p in module.parameters() if p.requires_grad]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.decay, self.names, self._trained = decay, list(trained), list(trained.values())
+        self.values = [p.detach().clone() for p in self._trained]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p for p in module.parameters() if p.requires_grad], 1 - decay)
+        torch._foreach_lerp_(self.values, self._trained, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> nn.Module:
@@ -112,7 +113,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/11_train.ipynb #fb26d39f
+# %% ../nbs/11_train.ipynb #5ec3a942
 class NonFiniteLoss(FloatingPointError):
     """Training diverged: the loss or a gradient is not a finite number."""
 
@@ -131,8 +132,9 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         networks = {"student": student, **method.networks}
         self.players = {name: self.accelerator.prepare(network) for name, network in networks.items()}
+        self._parameters = {name: [p for p in network.parameters() if p.requires_grad] for name, network in networks.items()}
         self.networks = {name: self.accelerator.unwrap_model(player) for name, player in self.players.items()}
-        self.optimizers = {name: self.accelerator.prepare(self._optimizer(network)) for name, network in self.networks.items()}
+        self.optimizers = {name: self.accelerator.prepare(self._optimizer(name)) for name in networks}
         self.average = None if settings.ema is None else Average(student, settings.ema)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []  # the lines of the log so far
@@ -142,11 +144,10 @@ class Trainer:
         if self.folder is not None:
             self._resume()
 
-    def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(f"{type(network).__name__} has no trainable parameters")
-        return torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, fused=True)
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        if not self._parameters[name]:
+            raise ValueError(f"{name}, a {type(self.networks[name]).__name__}, has no trainable parameters")
+        return torch.optim.AdamW(self._parameters[name], lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, fused=True)
 
     @property
     def evaluations(self) -> dict[str, int]:
@@ -177,11 +178,11 @@ class Trainer:
         for turn in self.method.turns(step):
             logs |= self._take(turn, states, step)
         if self.average is not None:
-            self.average.update(self.student, step)
+            self.average.update(step)
         self._pending.append(logs)
 
     def _take(self, turn: Turn, states, step: int) -> dict[str, Tensor]:
-        player, optimizer, parts = self.players[turn.player], self.optimizers[turn.player], self.settings.accumulate
+        optimizer, parts = self.optimizers[turn.player], self.settings.accumulate
         for group in optimizer.param_groups:
             group["lr"] = self.settings.rate(step)
         size = -(-len(states) // parts)
@@ -194,7 +195,7 @@ class Trainer:
             self.accelerator.backward(loss * share if parts > 1 else loss)
             for key, value in {"loss": loss, **logs}.items():
                 sums[key] = sums.get(key, 0) + value.detach() * share
-        norm = self.accelerator.clip_grad_norm_(player.parameters(), self.settings.clip)
+        norm = self.accelerator.clip_grad_norm_(self._parameters[turn.player], self.settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         prefix = "" if turn.player == "student" else f"{turn.player} "
