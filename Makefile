@@ -9,14 +9,14 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench teacher clean
+.PHONY: help venv demo test lab export readme bench teacher reference clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .installed ## make the environment, or bring it up to date with pyproject.toml
 
-demo: .installed ## run the demonstration into runs/demo
+demo: .installed ## the main job: distil two teachers, with and without DDIL, into runs/demo
 	$(call experiment,ddil,runs/demo)
 
 test: .installed ## run all tests (a choice: make test ARGS="-k rollin")
@@ -41,17 +41,24 @@ bench: .installed ## measure speed into runs/bench.json
 	mkdir -p runs
 	$(BIN)/python -m ddil.bench --output runs/bench.json
 
-teacher: .installed ## train the teacher anew into runs/teacher
+teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)
+
+reference: .installed ## make the reference results of experiments/reference anew (an hour on two cores)
+	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
+	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
+	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
 	rm -rf build dist *.egg-info .pytest_cache .installed
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-# $(call experiment,NAME,FOLDER): run experiments/NAME.ipynb with FOLDER as its output
+comma := ,
+
+# $(call experiment,NAME,FOLDER,PARAMETERS): run experiments/NAME.ipynb with FOLDER as its output
 define experiment
 mkdir -p $(2)
-DDIL_PROGRESS=log $(BIN)/python -m papermill experiments/$(1).ipynb $(2)/$(1).ipynb --kernel python3 --cwd . --log-output -p output $(2)
+DDIL_PROGRESS=log $(BIN)/python -m papermill experiments/$(1).ipynb $(2)/$(1).ipynb --kernel python3 --cwd . --log-output -p output $(2) $(3)
 endef
 
 # .installed says for which environment the dependencies were last seen to; another one, or none, means again.

@@ -117,7 +117,7 @@ class Denoiser(nn.Module):
         """Where the weights are (the CPU for a denoiser without weights)."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-# %% ../nbs/03_denoiser.ipynb #747b2c5b
+# %% ../nbs/03_denoiser.ipynb #0e11d7a5
 class NetworkDenoiser(Denoiser):
     """A network that outputs `prediction` (one of PREDICTIONS), told the time as the discrete index `knots` t - 1."""
 
@@ -138,7 +138,7 @@ class NetworkDenoiser(Denoiser):
         """What the network itself says; index: (n,) float32."""
         raise NotImplementedError
 
-
+# %% ../nbs/03_denoiser.ipynb #b560ca6b
 class ClassDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DModel`, or a network called like one; cond: (n,) integer labels in [0, num_classes], where num_classes is the null label,
     or None if it has no classes. `patch`: side of the square of pixels that the network sees as channels of one (1: pixels as they are)."""
@@ -163,7 +163,7 @@ class ClassDenoiser(NetworkDenoiser):
             return super().null_condition(cond)
         return torch.full_like(cond, self.num_classes)
 
-
+# %% ../nbs/03_denoiser.ipynb #5e1a2a63
 class TextDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DConditionModel`; cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds
     ("text_embeds", "time_ids"). `null_embedding`: (tokens, width), the embedding of the empty prompt, needed for guidance."""
@@ -185,7 +185,7 @@ class TextDenoiser(NetworkDenoiser):
             return super().null_condition(cond)
         return self.null_embedding.to(cond.dtype).expand(len(cond), -1, -1)
 
-
+# %% ../nbs/03_denoiser.ipynb #ccd0acd4
 def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
     """Raise ValueError unless `cond` holds `n` labels in [0, num_classes] (the range is looked at on the CPU only: elsewhere it would stall the device)."""
     if num_classes is None:
@@ -198,7 +198,7 @@ def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
     if cond.device.type == "cpu" and (cond.min() < 0 or cond.max() > num_classes):
         raise ValueError(f"labels must be in [0, {num_classes}] ({num_classes} means no condition), not from {cond.min()} to {cond.max()}")
 
-# %% ../nbs/03_denoiser.ipynb #0c0678e4
+# %% ../nbs/03_denoiser.ipynb #eb77ab4a
 class Wrapper(Denoiser):
     """A denoiser around a denoiser: what it does not change is the inner one's."""
 
@@ -217,7 +217,7 @@ class Wrapper(Denoiser):
     def null_condition(self, cond: Cond) -> Cond:
         return self.denoiser.null_condition(cond)
 
-
+# %% ../nbs/03_denoiser.ipynb #2748f123
 class Guided(Wrapper):
     """Classifier-free guidance: x_null + guidance_scale (x_cond - x_null) (Ho & Salimans 2022, in Imagen's convention)."""
 
@@ -242,7 +242,7 @@ class Guided(Wrapper):
         conditional, unconditional = both.chunk(2)
         return torch.lerp(unconditional, conditional, self.guidance_scale)
 
-# %% ../nbs/03_denoiser.ipynb #aa3eacf5
+# %% ../nbs/03_denoiser.ipynb #4e5a6656
 @dataclass(frozen=True)
 class Threshold:
     """How clean estimates are kept within [-bound, bound]: `kind` "static" (clip) or "dynamic" (per-sample `percentile`, Saharia et al. 2022).
@@ -270,7 +270,7 @@ class Threshold:
             inside = x.clamp(-reach, reach) * (self.bound / reach)
         return x + (inside - x).detach() if self.gradient == "straight-through" and x.requires_grad else inside
 
-
+# %% ../nbs/03_denoiser.ipynb #589a0144
 class Reflected(Wrapper):
     """A denoiser whose clean estimates are thresholded (reflected diffusion; DDIL uses it for teacher and student)."""
 
@@ -281,7 +281,7 @@ class Reflected(Wrapper):
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         return self.threshold(self.denoiser(z, t, cond))
 
-# %% ../nbs/03_denoiser.ipynb #8c309e08
+# %% ../nbs/03_denoiser.ipynb #090fb75e
 class Rescheduled(Wrapper):
     """`denoiser` presented under another `schedule`: states are rescaled and times matched by log-SNR."""
 
@@ -291,7 +291,7 @@ class Rescheduled(Wrapper):
         here, there = coefficients(self.schedule, at, z)[0], coefficients(self.denoiser.schedule, inner, z)[0]
         return self.denoiser(z * times(there / here, z.dtype), inner, cond)
 
-# %% ../nbs/03_denoiser.ipynb #c8206e95
+# %% ../nbs/03_denoiser.ipynb #a2b53b0a
 def innermost(denoiser: Denoiser) -> Denoiser:
     """The denoiser inside all wrappers: the one with the weights and the counter of evaluations."""
     while isinstance(denoiser, Wrapper):

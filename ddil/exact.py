@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Gaussian', 'Mixture', 'finite_data']
 
-# %% ../nbs/05_exact.ipynb #ea28d14b
+# %% ../nbs/05_exact.ipynb #19387fe9
 import math
 
 import torch
 from torch import Tensor
 
-from .denoiser import Cond, Denoiser, coefficients, times
+from .denoiser import Cond, Denoiser, coefficients
 from .schedule import Cosine, Schedule, Time
 
 # %% ../nbs/05_exact.ipynb #b928db5b
@@ -34,7 +34,7 @@ class Gaussian(Denoiser):
         stretch = ((alpha_u**2 * self.std**2 + sigma_u**2) / (alpha_t**2 * self.std**2 + sigma_t**2)) ** 0.5
         return (alpha_u * self.mean + stretch * (z - alpha_t * self.mean)).to(z.dtype)
 
-# %% ../nbs/05_exact.ipynb #d28dc81b
+# %% ../nbs/05_exact.ipynb #932f5584
 class Mixture(Denoiser):
     """The exact denoiser of a mixture of isotropic Gaussians.
 
@@ -89,7 +89,7 @@ class Mixture(Denoiser):
         noise = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         return (self.means[which] + self.std[which, None] * noise).view(n, *self.sample_shape)
 
-
+# %% ../nbs/05_exact.ipynb #329ef7c8
 def finite_data(points: Tensor, bandwidth: float = 0.0, classes: Tensor | None = None, schedule: Schedule = Cosine()) -> Mixture:
     """The exact teacher of a finite data set: its posterior mean, every point smeared by a Gaussian of standard deviation `bandwidth`."""
     return Mixture(points, bandwidth, classes=classes, schedule=schedule)

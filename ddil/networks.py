@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MLP', 'Classifier']
 
-# %% ../nbs/04_networks.ipynb #b5b2d6cb
-import torch
+# %% ../nbs/04_networks.ipynb #93af5ee0
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps

@@ -86,7 +86,7 @@ def shift(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Mapping[str, 
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/16_plots.ipynb #d3d7e9a6
+# %% ../nbs/16_plots.ipynb #8ecb7633
 def quality(rows: Sequence[Mapping], metrics: Sequence[str], title: str = "") -> Figure:
     """One panel for each metric: mean and interval of every arm against its number of steps. Raises ValueError for a metric that no row has."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -104,6 +104,7 @@ def quality(rows: Sequence[Mapping], metrics: Sequence[str], title: str = "") ->
                 ends = np.array([[mean if end is None else end for end in row["ci95"]] for row, mean in zip(own, means)])
                 ax.errorbar([row["steps"] for row in own], means, np.abs(ends.T - means), fmt="o-", ms=4, lw=1.4, capsize=3, color=colour(arm, arms), label=arm)
         ax.set(xlabel="steps", title=metric, xticks=sorted({row["steps"] for row in chosen if not row["arm"].startswith("teacher")}))
+        ax.ticklabel_format(axis="y", useOffset=False)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.title.set_fontsize(9)

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_schedule.ipynb #aad0eebc
+# %% ../nbs/01_schedule.ipynb #2eb186f1
 Time = float | Tensor
 
 
@@ -26,7 +26,7 @@ def _remembered(schedule: "Schedule", t: float) -> tuple[float, float]:
     alpha, sigma = schedule._alpha_sigma(torch.tensor(t, dtype=torch.float64))
     return alpha.item(), sigma.item()
 
-
+# %% ../nbs/01_schedule.ipynb #3a55bbf6
 class Schedule:
     """What z_t = alpha(t) x + sigma(t) eps means. Times are floats or tensors in [0, 1]; answers are floats or float64 tensors of the same shape."""
 
@@ -61,7 +61,7 @@ class Schedule:
         """Standard deviation of the noise that a walk starts from at t = 1 (1 where the variance is preserved)."""
         return self.sigma(1.0)
 
-# %% ../nbs/01_schedule.ipynb #24eb1773
+# %% ../nbs/01_schedule.ipynb #e7268f80
 class VariancePreserving(Schedule):
     """alpha^2 + sigma^2 = 1, so z keeps unit variance when the data have it."""
 
@@ -89,7 +89,7 @@ class Cosine(VariancePreserving):
         first, last = self._angles
         return ((torch.exp(-log_snr.double() / 2).atan() - first) / (last - first)).clamp(0, 1)
 
-# %% ../nbs/01_schedule.ipynb #973704c9
+# %% ../nbs/01_schedule.ipynb #aee277b1
 @dataclass(frozen=True)
 class DiscreteVP(VariancePreserving):
     """Variance-preserving schedule given by betas at `knots` discrete steps; index i is t = (i + 1) / knots, t = 0 is clean.
@@ -140,7 +140,7 @@ class DiscreteVP(VariancePreserving):
         left = (torch.searchsorted(-table, -value.contiguous()) - 1).clamp(0, self.knots - 1)
         return ((left + (value - table[left]) / (table[left + 1] - table[left])) / self.knots).clamp(0, 1)
 
-# %% ../nbs/01_schedule.ipynb #86b9126f
+# %% ../nbs/01_schedule.ipynb #47f3c01a
 @dataclass(frozen=True)
 class VarianceExploding(Schedule):
     """alpha = 1, sigma = sigma_max t^rho (Karras et al. 2022, "EDM"). t is a clock only: networks are told sigma or the log-SNR."""
@@ -165,7 +165,7 @@ class RectifiedFlow(Schedule):
     def time(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
 
-# %% ../nbs/01_schedule.ipynb #530b208a
+# %% ../nbs/01_schedule.ipynb #c27ddde6
 def check_grid(grid: Tensor) -> Tensor:
     """Return `grid` in float64 if it is a walk from noise to clean: one dimension, two times or more, finite, strictly falling, in [0, 1]."""
     grid = torch.as_tensor(grid, dtype=torch.float64)
@@ -188,7 +188,7 @@ def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
     """`steps` + 1 times, equally spaced from `t_max` to `t_min`. With t_max 1 on a 1000-knot schedule this is diffusers' "trailing"."""
     return check_grid(t_max + _ramp(steps) * (t_min - t_max))
 
-
+# %% ../nbs/01_schedule.ipynb #0c86dca8
 def log_snr_grid(schedule: Schedule, steps: int, t_max: float = 1.0, t_min: float = 1e-3) -> Tensor:
     """`steps` + 1 times, equally spaced in log-SNR; both ends need a finite log-SNR."""
     ends = schedule.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))
@@ -206,7 +206,7 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     sigmas[0], sigmas[-1] = sigma_max, sigma_min
     return sigmas
 
-
+# %% ../nbs/01_schedule.ipynb #63ccb873
 def karras_grid(schedule: Schedule, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """`steps` + 1 times at which sigma / alpha are `karras_sigmas`. Raises ValueError where the schedule has no such noise."""
     sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho)
@@ -230,7 +230,7 @@ def halve(grid: Tensor) -> Tensor:
         raise ValueError(f"a grid of {len(grid) - 1} steps cannot be halved")
     return grid[::2].clone()
 
-# %% ../nbs/01_schedule.ipynb #414fa8a6
+# %% ../nbs/01_schedule.ipynb #f97bcdac
 SCHEDULES = {cls.__name__: cls for cls in (Cosine, DiscreteVP, VarianceExploding, RectifiedFlow)}
 
 

@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['expert', 'one_step_error', 'visited', 'forward_states', 'covariate_shift']
 
-# %% ../nbs/15_shift.ipynb #8e78916b
+# %% ../nbs/15_shift.ipynb #4a386f58
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .artifact import Sampler
 from .denoiser import Cond, map_cond
 from .methods.progressive import ddim_target
-from .rollin import Data, Forward, States, Teacher
-from .schedule import uniform_grid
-from .solvers import sample, solver_by_name, walk
+from .rollin import Data, Forward, Teacher
+from .solvers import solver_by_name
 
 # %% ../nbs/15_shift.ipynb #3d3dc256
 def expert(teacher: Sampler, student: Sampler) -> Teacher:
@@ -40,7 +38,7 @@ def one_step_error(student: Sampler, guide: Teacher, states: Sequence[Tensor], c
         errors.append((student.denoiser(z, t, cond) - target).square().mean())
     return torch.stack(errors).cpu()
 
-# %% ../nbs/15_shift.ipynb #b647400c
+# %% ../nbs/15_shift.ipynb #6dfdcbc6
 def visited(sampler: Sampler, ids: Sequence[int], cond: Cond = None, every: int = 1, seed: int = 0) -> list[Tensor]:
     """The states of a walk at every `every`-th time but the last, from noise that belongs to the ids."""
     path = sampler.sample(ids, cond, seed=seed, trajectory=True, batch_size=len(ids))
@@ -55,7 +53,7 @@ def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple
         parts.append(forward.sample(n, 0))
     return [part.z for part in parts], parts[0].cond
 
-
+# %% ../nbs/15_shift.ipynb #cdfa6f06
 @torch.inference_mode()
 def covariate_shift(student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, seed: int = 0) -> dict[str, Tensor]:
     """The student's one-step error at each node, on "teacher" states, on its "own", and, given `data`, on "forward" states.

@@ -91,7 +91,7 @@ def solver_by_name(name: str) -> Solver:
         raise ValueError(f"unknown solver {name!r}; known are {', '.join(SOLVERS)}")
     return SOLVERS[name]
 
-# %% ../nbs/06_solvers.ipynb #9c5eead2
+# %% ../nbs/06_solvers.ipynb #e2d1ac19
 def walk(denoiser: Denoiser, z: Tensor, grid: Tensor, cond: Cond = None, solver: Solver = ddim, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Iterator[Tensor]:
     """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0]."""
     stops = check_grid(grid).tolist()
@@ -107,7 +107,7 @@ def _keyed_noise(ids: Sequence[int], seed: int) -> Callable[[Tensor], Tensor]:
     draws = iter(range(1, 1 << 62))
     return lambda like: sample_noise(ids, like.shape[1:], seed, next(draws)).to(like)
 
-
+# %% ../nbs/06_solvers.ipynb #2ac2e087
 @torch.inference_mode()
 def sample(
     denoiser: Denoiser,
@@ -141,7 +141,7 @@ def sample(
         parts.append(torch.stack(states) if trajectory else z)
     return torch.cat(parts, dim=1 if trajectory else 0)
 
-
+# %% ../nbs/06_solvers.ipynb #02bc0864
 def _check_rows(cond: Tensor, n: int) -> Tensor:
     if len(cond) != n:
         raise ValueError(f"the condition has {len(cond)} rows for {n} samples")

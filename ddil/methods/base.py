@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loss', 'WEIGHTINGS', 'Turn', 'Method', 'weighting_by_name', 'weighted_error', 'Denoising', 'student_schedule']
 
-# %% ../../nbs/08_methods.ipynb #eb12a518
+# %% ../../nbs/08_methods.ipynb #1329b07b
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..rollin import States
+from ..schedule import Schedule
 
 # %% ../../nbs/08_methods.ipynb #5c091f7c
 Loss = Callable[[nn.Module, States], tuple[Tensor, dict[str, Tensor]]]
@@ -70,7 +71,7 @@ def weighted_error(x_hat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """(n,): for each sample its weight times the mean over its elements of the squared error."""
     return weight.to(x_hat.dtype) * (x_hat - target).square().flatten(1).mean(1)
 
-# %% ../../nbs/08_methods.ipynb #214e9ca5
+# %% ../../nbs/08_methods.ipynb #4d4b9f0a
 class Denoising(Method):
     """Regression on the clean data of forward states (Ho et al. 2020; the v-loss with "snr_plus_one", Salimans & Ho 2022)."""
 
@@ -86,6 +87,6 @@ class Denoising(Method):
         return weighted_error(x_hat, states.x, weight).mean(), {}
 
 
-def student_schedule(student: nn.Module):
+def student_schedule(student: nn.Module) -> Schedule:
     """The schedule of a student, also when a library has wrapped it for several devices."""
     return (student.module if hasattr(student, "module") else student).schedule

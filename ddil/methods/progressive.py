@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['ddim_target', 'Progressive', 'Stage', 'halvings']
 
-# %% ../../nbs/09_progressive.ipynb #4aeb9e1d
+# %% ../../nbs/09_progressive.ipynb #873ec49c
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..denoiser import coefficients, times

@@ -1,0 +1,232 @@
+"""A distillation that takes a second, in processes that can be killed, and what to compare of the results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil import artifact, files, train
+from ddil.artifact import Sampler
+from ddil.distil import Problem, Recipe, atoms_problem, distil
+from ddil.files import read_tensors
+from ddil.train import make_accelerator, read_log
+
+OPTIONS = {"count": 50, "width": 32, "depth": 1}
+CHECKPOINT_EVERY = 10
+ARMS: dict[str, dict[str, Any]] = {
+    "PD": {"collected": (0.0, 0.0)},
+    "PD + DDIL, batch": {"mixing": "batch"},
+    "PD + DDIL, sample": {"mixing": "sample"},
+}
+DEADLINE = 120.0  # seconds until a process that does not end counts as hung
+
+# A server that has imported the library forks each process in milliseconds; where it cannot import it beforehand, that takes seconds.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["ddil.distil"])
+
+
+def problem(**changes: Any) -> Problem:
+    """The exact teacher of 50 digits and a perceptron of two layers, with some fields changed."""
+    made = atoms_problem(**OPTIONS)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def recipe(**changes: Any) -> Recipe:
+    """One stage from 8 steps to 4 in 40 updates of 16, with some fields changed. Every update is a line of the log."""
+    return Recipe(**{"stages": (8, 4), "updates": 40, "batch": 16, "seed": 1, **changes})
+
+
+# Processes
+
+
+def _dying(owner: Any, name: str, when: Callable[..., bool], first: Callable[..., Any] = lambda *arguments: None) -> None:
+    """Let this process be killed at the call of owner.name for which `when` holds, after doing `first`."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if when(*arguments):
+            first(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, call)
+
+
+def _lose_a_file(folder: Path) -> None:
+    next(Path(folder).glob("*.safetensors")).unlink()
+
+
+# Where a process may be killed, by what it is about to do.
+KILL_POINTS: dict[str, Callable[[], None]] = {
+    "write the optimiser of checkpoint 10": lambda: _dying(train, "write_tensors", lambda path, _: path.parent.name == "writing-00000010" and path.name.startswith("optimizer")),
+    "write the second process' roll-in of checkpoint 20": lambda: _dying(train, "write_tensors", lambda path, _: path.parent.name == "writing-00000020" and path.name.startswith("rollin-1")),
+    "seal checkpoint 20": lambda: _dying(train, "seal", lambda folder, *_: folder.name == "writing-00000020"),
+    "rename the sealed checkpoint 20": lambda: _dying(files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"),
+    "remove the rest of checkpoint 10": lambda: _dying(train.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
+    "cut the log": lambda: _dying(train, "write_text", lambda path, _: path.name == "log.jsonl"),
+    "save the student": lambda: _dying(artifact, "seal", lambda folder, *_: ".student.writing" in folder.name),
+}
+
+
+def _run(folder: Path, changes: dict[str, Any], environment: dict[str, str], kill_before: str | None, pause: float) -> None:
+    """What a forked process does: distil, with its output in a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = os.open(folder.with_name(f"{folder.name}-output-{environment.get('RANK', 0)}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if kill_before is not None:
+        KILL_POINTS[kill_before]()
+
+    def slowly(steps: Iterable[int], _: str) -> Iterator[int]:
+        for step in steps:
+            time.sleep(pause)
+            yield step
+
+    accelerator = make_accelerator("cpu")
+    distil(problem(), recipe(**changes), folder, accelerator, CHECKPOINT_EVERY, slowly)
+
+
+@dataclass
+class Run:
+    """A distillation under way in one or more processes."""
+
+    folder: Path
+    processes: list[multiprocessing.process.BaseProcess]
+
+    def kill(self) -> None:
+        """SIGKILL for all processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Wait until `reached`. Fails if the run ends before."""
+        end = time.monotonic() + DEADLINE
+        while not reached():
+            assert all(process.is_alive() for process in self.processes) and time.monotonic() < end, f"the run ended before it was to be killed:\n{self.output()}"
+            time.sleep(0.001)
+
+    def codes(self, first_end: bool = False) -> list[int | None]:
+        """The exit codes, once all processes have ended (with `first_end`: once one has; the others are killed)."""
+        end = time.monotonic() + DEADLINE
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < end:
+            if first_end and not all(process.is_alive() for process in self.processes):
+                break
+            time.sleep(0.002)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def finish(self) -> Path:
+        """Wait for the end, which must be a good one. Returns the folder."""
+        assert self.codes() == [0] * len(self.processes), self.output()
+        return self.folder
+
+    def output(self) -> str:
+        """What the processes wrote."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.parent.glob(f"{self.folder.name}-output-*")))
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_before: str | None = None, rank: int = 0, pause: float = 0.0) -> Iterator[Run]:
+    """Distil the tiny problem into `folder` in one process, or in several with the environment that torch.distributed.run would give them.
+
+    kill_before: where process `rank` is killed; pause: seconds before each update.
+    """
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)] if processes > 1 else [{}]
+    run = Run(folder, [_PROCESSES.Process(target=_run, args=(folder, changes, place, kill_before if i == rank else None, pause), daemon=True) for i, place in enumerate(places)])
+    for process in run.processes:
+        process.start()
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def trained(folder: Path, changes: dict[str, Any], processes: int = 1) -> Path:
+    """Distil without interruption. Returns the folder."""
+    with started(folder, changes, processes) as run:
+        return run.finish()
+
+
+# Results
+
+
+def stages(folder: Path) -> list[Path]:
+    """The folders of the stages, in order."""
+    return sorted(folder.glob("*-to-*"), key=lambda path: -int(path.name.split("-")[0]))
+
+
+def lines(stage: Path) -> list[dict[str, float]]:
+    """The lines of a stage's log without the seconds."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(stage)]
+
+
+def progress_of(stage: Path) -> int:
+    """The last update in the log of a stage that may not have begun."""
+    log = read_log(stage)
+    return int(log[-1]["update"]) if log else 0
+
+
+def weights(stage: Path) -> dict[str, Tensor]:
+    """The weights of a stage's student."""
+    return read_tensors(stage / "student" / "network" / "diffusion_pytorch_model.safetensors")
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest absolute difference between two sets of weights."""
+    assert one.keys() == other.keys() and one
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def described(stage: Path) -> dict[str, Any]:
+    """What a stage's student says about itself, without seconds and hashes of files."""
+    description = json.loads((stage / "student" / "sealed.json").read_text())
+    del description["files"], description["provenance"]["cost"]["seconds"]
+    return description
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Students, logs and costs of two runs are the same to the last bit (but for the seconds)."""
+    assert [stage.name for stage in stages(folder)] == [stage.name for stage in stages(other)]
+    for one, two in zip(stages(folder), stages(other)):
+        assert largest_difference(weights(one), weights(two)) == 0, one.name
+        assert lines(one) == lines(two), one.name
+        assert described(one) == described(two), one.name
+
+
+def edited(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a sealed folder whose description went through `change`, its weights untouched."""
+    shutil.copytree(folder, copy)
+    path = copy / "sealed.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+    return copy
+
+
+__all__ = ["ARMS", "CHECKPOINT_EVERY", "KILL_POINTS", "OPTIONS", "Run", "Sampler", "assert_same", "described", "edited", "largest_difference", "lines", "problem", "progress_of",
+           "recipe", "stages", "started", "trained", "weights"]
