@@ -23,16 +23,17 @@ from .schedule import check_grid, schedule_from_dict, schedule_to_dict, uniform_
 from .solvers import sample, solver_by_name
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ADAPTERS', 'describe', 'rebuild', 'Sampler']
+__all__ = ['NETWORKS', 'ADAPTERS', 'WRAPPERS', 'describe', 'rebuild', 'Sampler']
 
-# %% ../nbs/12_artifact.ipynb #092400bc
+# %% ../nbs/12_artifact.ipynb #730b5cb2
 NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel, "MLP": networks.MLP}
 ADAPTERS = {"ClassDenoiser": ClassDenoiser, "TextDenoiser": TextDenoiser}
 
 
 def describe(denoiser: Denoiser) -> dict:
     """JSON-ready description of a network's adapter, schedule and wrappers. Raises ValueError for what cannot be rebuilt from a description."""
-    wrappers, base = [], innermost(denoiser)
+    wrappers: list[dict] = []
+    base = innermost(denoiser)
     while denoiser is not base:
         if isinstance(denoiser, Guided):
             wrappers.insert(0, {"name": "Guided", "guidance_scale": denoiser.guidance_scale})
@@ -48,9 +49,12 @@ def describe(denoiser: Denoiser) -> dict:
     return {"adapter": type(base).__name__, "network": network, "schedule": schedule_to_dict(base.schedule), "prediction": base.prediction,
             "knots": base.knots, **options, "guidance_distilled": base.guidance_distilled, "wrappers": wrappers}
 
-# %% ../nbs/12_artifact.ipynb #b85a9829
+# %% ../nbs/12_artifact.ipynb #42134ed5
+WRAPPERS = {"Guided": Guided, "Reflected": lambda denoiser, **options: Reflected(denoiser, Threshold(**options))}
+
+
 def rebuild(description: dict, folder: Path) -> Denoiser:
-    """The denoiser of a description, with the weights in `folder`."""
+    """The denoiser of a description, with the weights in `folder`. Raises ValueError for what this version does not know."""
     known = dict(description)
     if known.get("adapter") not in ADAPTERS or known.get("network") not in NETWORKS:
         raise ValueError(f"{folder} holds a {known.get('adapter')} of a {known.get('network')}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}")
@@ -60,11 +64,12 @@ def rebuild(description: dict, folder: Path) -> Denoiser:
     denoiser: Denoiser = adapter(network, schedule_from_dict(known.pop("schedule")), **known, **buffers)
     denoiser.guidance_distilled = distilled
     for wrapper in wrappers:
-        options = {key: value for key, value in wrapper.items() if key != "name"}
-        denoiser = Guided(denoiser, **options) if wrapper["name"] == "Guided" else Reflected(denoiser, Threshold(**options))
+        if wrapper["name"] not in WRAPPERS:
+            raise ValueError(f"{folder} holds a {wrapper['name']} wrapper: known are {', '.join(WRAPPERS)}")
+        denoiser = WRAPPERS[wrapper["name"]](denoiser, **{key: value for key, value in wrapper.items() if key != "name"})
     return denoiser.eval().requires_grad_(False)
 
-# %% ../nbs/12_artifact.ipynb #240446d3
+# %% ../nbs/12_artifact.ipynb #8f49ff77
 @dataclass
 class Sampler:
     """A denoiser with the way it is meant to be sampled. `shape`: of one sample; `guidance_scale`: of the teacher that it imitates, if any
@@ -117,6 +122,9 @@ class Sampler:
         description = unseal(folder, "save it again")
         if "denoiser" not in description:
             raise ValueError(f"{folder} is not a saved sampler (it may be a training checkpoint)")
-        denoiser = rebuild(description["denoiser"], Path(folder)).to(device)
-        return cls(denoiser, torch.tensor(description["grid"], dtype=torch.float64), tuple(description["shape"]), description["solver"],
-                   description["guidance_scale"], description["provenance"])
+        try:
+            denoiser = rebuild(description["denoiser"], Path(folder)).to(device)
+            return cls(denoiser, torch.tensor(description["grid"], dtype=torch.float64), tuple(description["shape"]), description["solver"],
+                       description["guidance_scale"], description["provenance"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder} cannot be read by ddil {ddil.__version__} (it was written by {description.get('ddil')}): {type(error).__name__}: {error}") from error

@@ -34,7 +34,7 @@ class Gaussian(Denoiser):
         stretch = ((alpha_u**2 * self.std**2 + sigma_u**2) / (alpha_t**2 * self.std**2 + sigma_t**2)) ** 0.5
         return (alpha_u * self.mean + stretch * (z - alpha_t * self.mean)).to(z.dtype)
 
-# %% ../nbs/05_exact.ipynb #932f5584
+# %% ../nbs/05_exact.ipynb #028801d7
 class Mixture(Denoiser):
     """The exact denoiser of a mixture of isotropic Gaussians.
 
@@ -58,7 +58,7 @@ class Mixture(Denoiser):
         """(n, k): log of the joint density of component and state, up to the constant (2 pi)^(-d/2)."""
         flat = z.double().flatten(1)
         alpha, sigma = coefficients(self.schedule, t, flat)
-        variance = alpha**2 * self.std**2 + sigma**2
+        variance = (alpha**2 * self.std**2 + sigma**2).clamp(min=1e-30)  # atoms without width, at no noise
         distance = flat.square().sum(1, keepdim=True) - 2 * alpha * (flat @ self.means.T) + alpha**2 * self.means.square().sum(1)
         joint = self.log_weights - distance / (2 * variance) - flat.shape[1] / 2 * torch.as_tensor(variance).log()
         if cond is not None and self.classes is not None:
@@ -70,12 +70,12 @@ class Mixture(Denoiser):
         flat = z.double().flatten(1)
         alpha, sigma = coefficients(self.schedule, t, flat)
         share = self.log_responsibilities(z, t, cond).softmax(1)
-        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2).clamp(min=1e-30)
         x_hat = (share * (1 - alpha * gain)) @ self.means + (share * gain).sum(1, keepdim=True) * flat
         return x_hat.to(z.dtype).view(z.shape)
 
     def null_condition(self, cond: Cond) -> Cond:
-        if self.classes is None:
+        if self.classes is None or cond is None:
             return super().null_condition(cond)
         return torch.full_like(cond, self.num_classes)
 

@@ -21,7 +21,7 @@ import torch
 __all__ = ['Checker', 'T', 'did_you_mean', 'whole', 'number', 'probability', 'flag', 'text', 'one_of', 'optional', 'whole_list',
            'halving_steps', 'existing_folder_or', 'device', 'check_parameters', 'progress', 'command_line']
 
-# %% ../nbs/17_experiment.ipynb #f24af9bb
+# %% ../nbs/17_experiment.ipynb #413bbb0a
 Checker = Callable[[Any], Any]
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def _reads_as_number(value: Any) -> bool:
     except ValueError:
         return False
 
-
+# %% ../nbs/17_experiment.ipynb #db7cf11c
 def _not_a_number(value: Any) -> str:
     """Why `value` is not the number that it looks like, and what to write instead."""
     if isinstance(value, bool):
@@ -68,7 +68,7 @@ def _numeric(kinds: tuple[type, ...], what: str, low: float | None, high: float 
         return value
     return check
 
-
+# %% ../nbs/17_experiment.ipynb #11474c45
 def whole(minimum: int | None = 1, maximum: int | None = None) -> Checker:
     """A whole number in [minimum, maximum]; None leaves an end open. True is not 1, and 3.0 is not 3."""
     return _numeric((int,), "whole number", minimum, maximum)
@@ -84,7 +84,7 @@ def probability() -> Checker:
     """A number in [0, 1]."""
     return number(0, 1)
 
-# %% ../nbs/17_experiment.ipynb #a410ff6a
+# %% ../nbs/17_experiment.ipynb #c9e9386d
 def flag() -> Checker:
     """True or False; the texts "true" and "false", which -p passes, are understood."""
     def check(value: Any) -> bool:
@@ -103,7 +103,7 @@ def text() -> Checker:
         return value
     return check
 
-
+# %% ../nbs/17_experiment.ipynb #33acaea5
 def one_of(*choices: Any) -> Checker:
     """One of `choices`; True is not 1."""
     def check(value: Any) -> Any:
@@ -118,7 +118,7 @@ def optional(checker: Checker) -> Checker:
     """None, or what `checker` accepts."""
     return lambda value: None if value is None else checker(value)
 
-# %% ../nbs/17_experiment.ipynb #57b441ad
+# %% ../nbs/17_experiment.ipynb #a57e1ef7
 def whole_list(minimum: int = 1, distinct: bool = False) -> Checker:
     """A list of whole numbers of at least `minimum`, each different if `distinct`; text such as "16,8,4" and a single number are understood."""
     def check(value: Any) -> list[int]:
@@ -144,7 +144,7 @@ def halving_steps() -> Checker:
         return steps
     return check
 
-# %% ../nbs/17_experiment.ipynb #1c39b891
+# %% ../nbs/17_experiment.ipynb #408ad06a
 def existing_folder_or(*choices: str) -> Checker:
     """One of `choices`, such as "digits", or the path of a folder that exists."""
     def check(value: Any) -> str:
@@ -169,7 +169,7 @@ def device() -> Checker:
         return str(value)
     return check
 
-# %% ../nbs/17_experiment.ipynb #1a0d5961
+# %% ../nbs/17_experiment.ipynb #88f0624e
 _INJECTED = (str, int, float, list, tuple, set, dict, type(None))
 _NOT_OURS = ("In", "Out")  # IPython's history; capitals are constants, imported or papermill's (--inject-paths)
 
@@ -180,7 +180,7 @@ def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> S
     Raises one ValueError that lists every unknown, missing or unusable parameter with its value and the remedy.
     """
     unknown = [name for name, value in names.items()
-               if name not in spec and not name.startswith("_") and not name.isupper() and name not in _NOT_OURS and isinstance(value, _INJECTED)]
+               if name not in spec and not name.startswith("_") and not (name.isupper() and name.lower() not in spec) and name not in _NOT_OURS and isinstance(value, _INJECTED)]
     problems = [f"{name} = {names[name]!r}: there is no such parameter{did_you_mean(name, spec)}; known are {', '.join(spec)}" for name in unknown]
     values = {}
     for name, checker in spec.items():
@@ -195,7 +195,7 @@ def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> S
         raise ValueError("\n".join([f"{len(problems)} of the parameters cannot be used:", *(f"  - {problem}" for problem in problems)]))
     return SimpleNamespace(**values)
 
-# %% ../nbs/17_experiment.ipynb #2190adf7
+# %% ../nbs/17_experiment.ipynb #b60de517
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """`iterable` with a progress bar; where the environment says DDIL_PROGRESS=log, with a line of text every 5 seconds."""
     if os.environ.get("DDIL_PROGRESS") == "log":
@@ -206,7 +206,7 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None) 
 
     return tqdm(iterable, desc=description, total=total)
 
-# %% ../nbs/17_experiment.ipynb #b58e0718
+# %% ../nbs/17_experiment.ipynb #aa13ce6a
 def command_line(notebook: str | Path, parameters: Mapping[str, Any] | SimpleNamespace) -> str:
     """The shell command, run from the repository's root, by which papermill runs `notebook` with `parameters`; it writes into parameters["output"].
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/10_files.ipynb #1e808ae4
+# %% ../nbs/10_files.ipynb #551fb566
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -39,10 +39,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors of any device as a safetensors file, copying what shares memory."""
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path)
 
-
+# %% ../nbs/10_files.ipynb #73b8d3ff
 def seal(folder: Path, place: Path, description: dict) -> None:
-    """Complete the folder with `sealed.json`, the description and the hashes of all its safetensors files, and rename it to `place` (replacing what was there)."""
-    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))}
+    """Complete the folder with `sealed.json`, the description and the hashes of all its files, and rename it to `place` (replacing what was there)."""
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "sealed.json"}
     (folder / "sealed.json").write_text(json.dumps({**description, "files": hashes}, indent=1))
     place.parent.mkdir(parents=True, exist_ok=True)
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
@@ -51,22 +51,25 @@ def seal(folder: Path, place: Path, description: dict) -> None:
     os.replace(folder, place)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/10_files.ipynb #58009ba0
 def unseal(place: str | Path, remedy: str = "make it anew") -> dict:
     """The description of a sealed folder, once every file agrees with its hash. Raises FileNotFoundError or ValueError naming the file and the remedy."""
     place = Path(place)
+    for replaced in sorted(place.parent.glob(f".{place.name}.old-*")):  # a kill while it was being replaced: the old one is still whole
+        if not place.exists():
+            os.replace(replaced, place)
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {place}")
     try:
         description = json.loads((place / "sealed.json").read_text())
         damaged = [name for name, expected in description["files"].items() if file_hash(place / name) != expected]
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # also text that is no text, and JSON that is none
         raise ValueError(f"{place} is not complete ({type(error).__name__}: {error}); {remedy}") from error
     if damaged:
         raise ValueError(f"{', '.join(damaged)} in {place} is damaged (its hash is not the recorded one); {remedy}")
     return description
 
-
+# %% ../nbs/10_files.ipynb #0c85da6d
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises ValueError if it is not one."""
     try:

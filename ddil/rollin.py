@@ -93,7 +93,7 @@ class Data(Protocol):
 
     def conditions(self, rows: np.ndarray) -> Cond: ...
 
-# %% ../nbs/07_rollin.ipynb #eb9f8b31
+# %% ../nbs/07_rollin.ipynb #9d9a65c2
 class Teacher:
     """A denoiser that walks `stride` steps of its `grid` with `solver` for each step of the student, whose grid is grid[::stride]."""
 
@@ -117,16 +117,22 @@ class Teacher:
         place = torch.searchsorted(self._rising, -t.contiguous()).clamp(max=len(self._rising) - 2) * self.stride
         if t.device.type == "cpu" and not torch.equal(self.grid[place], t):  # elsewhere looking would stall the device
             raise ValueError(f"states lie at times that are not nodes of the student's grid {self.student_grid.tolist()}")
-        return [self.grid[place + k] for k in range(self.stride + 1)]
+        return [t, *(self.grid[place + k] for k in range(1, self.stride + 1))]
 
-    @torch.no_grad()
-    def advance(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
-        """Where the teacher arrives `stride` of its steps after (z, t): the state at the student's next time."""
-        stops, memory = self._times(t), Memory(remaining=self.stride)
-        for start, end in zip(stops, stops[1:]):
-            z = self.solver(self.denoiser, z, start, end, cond, memory)
-            memory.remaining -= 1
-        return z
+    def advance(self, z: Tensor, t: Time, cond: Cond = None, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+        """Where the teacher arrives `stride` of its steps after (z, t): the state at the student's next time.
+
+        Every call starts a history of its own: a multistep solver takes the first of the `stride` steps at first order. `noise` is for stochastic solvers.
+        """
+        with torch.inference_mode():
+            stops = self._times(t)
+            # Steps to the end of the whole grid, where that is known: only its last step is a final one. (Per sample, times of 0 tell.)
+            remaining = len(self.stops) if isinstance(t, Tensor) else len(self.stops) - 1 - self.stops.index(t)
+            memory = Memory(noise, remaining)
+            for start, end in zip(stops, stops[1:]):
+                z = self.solver(self.denoiser, z, start, end, cond, memory)
+                memory.remaining -= 1
+        return z.clone()  # an ordinary tensor again, which autograd may save
 
     def label(self, states: States) -> Tensor:
         """(n, …): where the teacher goes from each state; it is asked only for those that do not carry the answer."""
@@ -220,7 +226,7 @@ def staged(first: float, then: float, updates: int, share: float = 0.6) -> Ramp:
     """`first` for the first `share` of `updates`, `then` for the rest (DDIL, supplement A: 6K of 10K updates)."""
     return Ramp((0, max(1, round(share * updates))), (first, then))
 
-# %% ../nbs/07_rollin.ipynb #4e32e54b
+# %% ../nbs/07_rollin.ipynb #1bf913cd
 class Rollout:
     """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update), else the teacher with its `stride` steps.
 
@@ -248,32 +254,33 @@ class Rollout:
         """This process' share of `n` roll-outs: their states, node by node from noise on."""
         rng, mine = generator(self.seed, "rollout", step), self.shard.share(n)
         device, beta, stops = self.student.device, self.beta(step), self.teacher.student_grid.tolist()
-        noise = torch.from_numpy(rng.standard_normal((n, *self.shape), dtype=np.float32)[mine])
-        z = noise.to(device) * self.student.schedule.prior_scale
+        fresh = lambda: torch.from_numpy(rng.standard_normal((n, *self.shape), dtype=np.float32)[mine]).to(device)
+        z, noise = fresh() * self.student.schedule.prior_scale, lambda like: fresh()
         cond = None if self.data is None else self.data.conditions(rng.integers(len(self.data), size=n)[mine])
         cond = map_cond(lambda c: c.to(device), cond)
         origin, visited, training = np.full(len(z), Origin.NOISE), [], self.student.training
         self.student.eval()
         with torch.inference_mode():
             for t, s in zip(stops, stops[1:]):
-                chosen = np.broadcast_to(rng.random(n if self.mixing == "sample" else 1) < beta, n)[mine]
-                teacher_z = self.teacher.advance(z, t, cond) if self.label or not chosen.all() else None
+                everyone = np.broadcast_to(rng.random(n if self.mixing == "sample" else 1) < beta, n)
+                chosen = everyone[mine]
+                teacher_z = self.teacher.advance(z, t, cond, noise) if self.label or not chosen.all() else None
                 visited.append(self._states(z, t, s, cond, origin, teacher_z))
                 if s != stops[-1]:  # the end of the walk is a sample, not a state to train on
-                    z = self._transition(z, t, s, cond, chosen, teacher_z)
-                    self.tally += torch.tensor([len(z), beta * len(z), chosen.sum()])
+                    z = self._transition(z, t, s, cond, chosen, teacher_z, noise)
+                    self.tally += torch.tensor([n, beta * n, everyone.sum()])  # of all processes
                 origin = np.where(chosen, Origin.STUDENT, Origin.TEACHER)
         self.student.train(training)
         return visited
 
-    def _transition(self, z: Tensor, t: float, s: float, cond: Cond, chosen: np.ndarray, teacher_z: Tensor | None) -> Tensor:
+    def _transition(self, z: Tensor, t: float, s: float, cond: Cond, chosen: np.ndarray, teacher_z: Tensor | None, noise: Callable[[Tensor], Tensor]) -> Tensor:
         """The next states: the student's where it was chosen, the teacher's elsewhere."""
         if not chosen.any():
             return teacher_z
         if chosen.all():
-            return self.solver(self.student, z, t, s, cond)
+            return self.solver(self.student, z, t, s, cond, Memory(noise))
         rows = torch.from_numpy(np.flatnonzero(chosen)).to(z.device)
-        return teacher_z.index_copy(0, rows, self.solver(self.student, z[rows], t, s, map_cond(lambda c: c[rows], cond)))
+        return teacher_z.index_copy(0, rows, self.solver(self.student, z[rows], t, s, map_cond(lambda c: c[rows], cond), Memory(lambda like: noise(z)[rows])))
 
     def _states(self, z: Tensor, t: float, s: float, cond: Cond, origin: np.ndarray, teacher_z: Tensor | None) -> States:
         filled = lambda value: torch.full((len(z),), value, dtype=torch.float64, device=z.device)
@@ -307,7 +314,7 @@ def _ordinary(states: States) -> States:
     copy = lambda value: None if value is None else value.clone()
     return replace(states, z=copy(states.z), cond=map_cond(copy, states.cond), teacher_z=copy(states.teacher_z))
 
-# %% ../nbs/07_rollin.ipynb #21242742
+# %% ../nbs/07_rollin.ipynb #747b3370
 class Replay:
     """The last `capacity` states of `rollout`, each trained on `reuse` times on average, drawn from one lane per row of the batch.
 
@@ -325,7 +332,7 @@ class Replay:
         if not reuse > 0:
             raise ValueError(f"reuse must be positive, not {reuse}")
         self.store: States | None = None                          # every tensor (slots, lanes of this process, …)
-        self.born = np.zeros((self.slots, len(self._mine())), np.int64)  # at which update a state was collected
+        self.born = np.zeros((self.slots, batch), np.int64)       # at which update a state was collected, in all lanes
         self.written = np.zeros(batch, np.int64)                  # states ever written to each lane
         self.collections = self.served = self.age = 0
 
@@ -339,21 +346,23 @@ class Replay:
         lanes = self.collections % stride + stride * np.arange(n)
         local = torch.from_numpy(lanes[self.shard.share(n)] - self._mine()[0])
         for states in self.rollout.trajectories(n, step):
-            self._write(states, self.written[lanes[0]] % self.slots, local, step)
+            slot = self.written[lanes[0]] % self.slots
+            self._write(states, slot, local)
+            self.born[slot, lanes] = step
             self.written[lanes] += 1
         self.collections += 1
 
-    def _write(self, states: States, slot: int, local: Tensor, step: int) -> None:
+    def _write(self, states: States, slot: int, local: Tensor) -> None:
         if self.store is None:
             empty = lambda value: None if value is None else value.new_zeros((self.slots, len(self._mine()), *value.shape[1:])).clone()
             with torch.inference_mode(False):
-                self.store = States(empty(states.z), empty(states.t), empty(states.s), map_cond(empty, states.cond), np.zeros(self.born.shape, np.int64),
-                                    teacher_z=empty(states.teacher_z), known=np.zeros(self.born.shape, bool))
+                self.store = States(empty(states.z), empty(states.t), empty(states.s), map_cond(empty, states.cond),
+                                    np.zeros((self.slots, len(self._mine())), np.int64), teacher_z=empty(states.teacher_z), known=np.zeros((self.slots, len(self._mine())), bool))
         put = lambda kept, new: None if kept is None else kept[slot].index_copy_(0, local.to(kept.device), new)
         for name in ("z", "t", "s", "teacher_z"):
             put(getattr(self.store, name), getattr(states, name))
         map_cond(put, self.store.cond, states.cond)
-        self.store.origin[slot, local], self.born[slot, local] = states.origin, step
+        self.store.origin[slot, local] = states.origin
         self.store.known[slot, local] = states.known is not None
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
@@ -363,10 +372,11 @@ class Replay:
             self.collect(step)
         filled = np.minimum(self.written, self.slots)
         slot = (generator(self.seed, "replay", step).random(n) * filled).astype(np.int64)
+        asked = np.arange(n) if rows is None else np.flatnonzero(rows)
+        self.served += len(asked)
+        self.age = step - self.born[slot[asked], asked].mean() if len(asked) else self.age
         mine = _wanted(self.shard, n, rows)
         slot, lane = slot[mine], mine - self._mine()[0]
-        self.served += n if rows is None else int(rows.sum())
-        self.age = step - self.born[slot, lane].mean() if len(mine) else self.age
         index = tuple(torch.from_numpy(i).to(self.store.z.device) for i in (slot, lane))
         pick = lambda value: None if value is None else value[index]
         return States(pick(self.store.z), pick(self.store.t), pick(self.store.s), map_cond(pick, self.store.cond), self.store.origin[slot, lane],
@@ -400,7 +410,7 @@ class Replay:
             tensors = {name: state[f"store.{name}"].to(device) if f"store.{name}" in state else None for name in ("z", "t", "s", "teacher_z")}
             self.store = States(**tensors, cond=cond.get("", cond or None), origin=state["store.origin"].numpy().copy(), known=state["store.known"].numpy().copy())
 
-# %% ../nbs/07_rollin.ipynb #3eb89c2e
+# %% ../nbs/07_rollin.ipynb #686d7e95
 class Mixture:
     """States from several roll-ins, each with its prior: parts = {"forward": (forward, 0.75), "collected": (replay, 0.25)}.
 
@@ -453,7 +463,7 @@ class Mixture:
         for name, part in self.parts.items():
             part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")})
 
-# %% ../nbs/07_rollin.ipynb #75566843
+# %% ../nbs/07_rollin.ipynb #ac855902
 class ConditionDropout:
     """The states of `rollin`, each losing its condition with `probability` (`null` maps conditions to null conditions, as a denoiser's `null_condition`)."""
 

@@ -7,26 +7,18 @@ __all__ = ['Time', 'SCHEDULES', 'Schedule', 'VariancePreserving', 'Cosine', 'Dis
            'check_grid', 'uniform_grid', 'log_snr_grid', 'karras_sigmas', 'karras_grid', 'with_clean_end', 'halve',
            'schedule_to_dict', 'schedule_from_dict']
 
-# %% ../nbs/01_schedule.ipynb #48c58d85
+# %% ../nbs/01_schedule.ipynb #0152ff67
 import math
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_schedule.ipynb #2eb186f1
+# %% ../nbs/01_schedule.ipynb #8c79997a
 Time = float | Tensor
 
-
-@lru_cache(maxsize=65536)
-def _remembered(schedule: "Schedule", t: float) -> tuple[float, float]:
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"time {t} is outside [0, 1] (0 is clean, 1 is noise; index i of a discrete model is t = (i + 1) / 1000)")
-    alpha, sigma = schedule._alpha_sigma(torch.tensor(t, dtype=torch.float64))
-    return alpha.item(), sigma.item()
-
-# %% ../nbs/01_schedule.ipynb #3a55bbf6
+# %% ../nbs/01_schedule.ipynb #87233424
 class Schedule:
     """What z_t = alpha(t) x + sigma(t) eps means. Times are floats or tensors in [0, 1]; answers are floats or float64 tensors of the same shape."""
 
@@ -35,7 +27,21 @@ class Schedule:
 
     def alpha_sigma(self, t: Time) -> tuple[Time, Time]:
         """Signal and noise coefficients at `t`. Raises ValueError for a float outside [0, 1]."""
-        return self._alpha_sigma(t.double()) if isinstance(t, Tensor) else _remembered(self, float(t))
+        if isinstance(t, Tensor):
+            return self._alpha_sigma(t.double())
+        known = self._known.get(t)
+        return known if known is not None else self._remember(float(t))
+
+    @cached_property
+    def _known(self) -> dict[float, tuple[float, float]]:
+        return {}
+
+    def _remember(self, t: float) -> tuple[float, float]:
+        if not 0.0 <= t <= 1.0:
+            raise ValueError(f"time {t} is outside [0, 1] (0 is clean, 1 is noise; index i of a discrete model is t = (i + 1) / 1000)")
+        alpha, sigma = self._alpha_sigma(torch.tensor(t, dtype=torch.float64))
+        self._known[t] = alpha.item(), sigma.item()
+        return self._known[t]
 
     def alpha(self, t: Time) -> Time:
         """Signal coefficient at `t`."""
@@ -140,10 +146,10 @@ class DiscreteVP(VariancePreserving):
         left = (torch.searchsorted(-table, -value.contiguous()) - 1).clamp(0, self.knots - 1)
         return ((left + (value - table[left]) / (table[left + 1] - table[left])) / self.knots).clamp(0, 1)
 
-# %% ../nbs/01_schedule.ipynb #47f3c01a
+# %% ../nbs/01_schedule.ipynb #c66d09af
 @dataclass(frozen=True)
 class VarianceExploding(Schedule):
-    """alpha = 1, sigma = sigma_max t^rho (Karras et al. 2022, "EDM"). t is a clock only: networks are told sigma or the log-SNR."""
+    """alpha = 1, sigma = sigma_max t^rho (Karras et al. 2022, "EDM")."""
 
     sigma_max: float = 80.0
     rho: float = 7.0

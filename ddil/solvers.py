@@ -6,7 +6,7 @@
 __all__ = ['Solver', 'SOLVERS', 'Memory', 'ddim_update', 'ddim', 'ancestral', 'dpm_solver_pp_2m', 'solver_by_name', 'walk',
            'sample']
 
-# %% ../nbs/06_solvers.ipynb #04e53772
+# %% ../nbs/06_solvers.ipynb #665139e4
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .denoiser import Cond, Denoiser, coefficients, map_cond, times
+from .denoiser import Cond, Denoiser, coefficients, combine, map_cond, times
 from .noise import sample_noise
 from .schedule import Time, check_grid
 
@@ -32,12 +32,12 @@ class Memory:
 
 Solver = Callable[..., Tensor]
 
-# %% ../nbs/06_solvers.ipynb #46621848
+# %% ../nbs/06_solvers.ipynb #9378666e
 def ddim_update(denoiser: Denoiser, z: Tensor, x_hat: Tensor, t: Time, s: Time) -> Tensor:
     """The DDIM step for a known clean estimate: z_s from z_t. Times are floats, or one per sample."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(denoiser.schedule, t, z), coefficients(denoiser.schedule, s, z)
     keep = sigma_s / sigma_t
-    return z * times(keep, z.dtype) + x_hat * times(alpha_s - keep * alpha_t, z.dtype)
+    return combine(keep, z, alpha_s - keep * alpha_t, x_hat)
 
 
 def ddim(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def ancestral(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None
     spread = ((1 - shrink) * sigma_s ** (2 * (1 - gamma)) * sigma_t ** (2 * gamma)) ** 0.5 * (sigma_s > 0)
     return mean + draw(z) * times(spread, z.dtype)
 
-# %% ../nbs/06_solvers.ipynb #dd0e7ba4
+# %% ../nbs/06_solvers.ipynb #75492c78
 def dpm_solver_pp_2m(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, lower_order_final: bool = True
 ) -> Tensor:
@@ -71,15 +71,20 @@ def dpm_solver_pp_2m(
     if memory.history and not at_end:
         before, x_before = memory.history[-1]
         here, then, earlier = (_half_log_snr(denoiser, time, z) for time in (t, s, before))
-        estimate = x_hat + (x_hat - x_before) * times((then - here) / (2 * (here - earlier)), z.dtype)
+        slope = (then - here) / (2 * (here - earlier))
+        # At an end without noise, or without signal, the log-SNR is infinite: there is nothing to extrapolate with.
+        slope = torch.where(torch.isfinite(slope), slope, 0.0) if isinstance(slope, Tensor) else slope if math.isfinite(slope) else 0.0
+        estimate = x_hat + (x_hat - x_before) * times(slope, z.dtype)
     memory.history[:] = [(t, x_hat)]
     return ddim_update(denoiser, z, estimate, t, s)
 
-
+# %% ../nbs/06_solvers.ipynb #62507ca0
 def _half_log_snr(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
     """DPM-Solver's lambda, log(alpha / sigma), in the form of `coefficients`."""
     alpha, sigma = coefficients(denoiser.schedule, t, like)
-    return (alpha / sigma).log() if isinstance(t, Tensor) else math.log(alpha / sigma)
+    if isinstance(t, Tensor):
+        return alpha.log() - sigma.log()
+    return math.log(alpha) - math.log(sigma) if alpha > 0 and sigma > 0 else math.copysign(math.inf, alpha - sigma)
 
 
 SOLVERS: dict[str, Solver] = {"ddim": ddim, "ancestral": ancestral, "dpm_solver_pp_2m": dpm_solver_pp_2m}
@@ -91,7 +96,7 @@ def solver_by_name(name: str) -> Solver:
         raise ValueError(f"unknown solver {name!r}; known are {', '.join(SOLVERS)}")
     return SOLVERS[name]
 
-# %% ../nbs/06_solvers.ipynb #e2d1ac19
+# %% ../nbs/06_solvers.ipynb #43d7db32
 def walk(denoiser: Denoiser, z: Tensor, grid: Tensor, cond: Cond = None, solver: Solver = ddim, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Iterator[Tensor]:
     """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0]."""
     stops = check_grid(grid).tolist()
@@ -107,8 +112,7 @@ def _keyed_noise(ids: Sequence[int], seed: int) -> Callable[[Tensor], Tensor]:
     draws = iter(range(1, 1 << 62))
     return lambda like: sample_noise(ids, like.shape[1:], seed, next(draws)).to(like)
 
-# %% ../nbs/06_solvers.ipynb #2ac2e087
-@torch.inference_mode()
+# %% ../nbs/06_solvers.ipynb #7f3f0e3b
 def sample(
     denoiser: Denoiser,
     ids: Sequence[int],
@@ -129,9 +133,18 @@ def sample(
     if len(ids) == 0 or batch_size < 1:
         raise ValueError(f"nothing to sample: {len(ids)} ids in batches of {batch_size}")
     map_cond(lambda c: _check_rows(c, len(ids)), cond)
+    denoiser.check_condition(cond, len(ids))
+    with torch.inference_mode():
+        parts = _batches(denoiser, list(ids), tuple(shape), grid, cond, solver, seed, batch_size, trajectory, progress)
+    return torch.cat(parts, dim=1 if trajectory else 0)  # an ordinary tensor, which autograd may use
+
+# %% ../nbs/06_solvers.ipynb #b4411670
+def _batches(denoiser: Denoiser, ids: list[int], shape: tuple[int, ...], grid: Tensor, cond: Cond, solver: Solver, seed: int, batch_size: int,
+             trajectory: bool, progress: bool) -> list[Tensor]:
+    """The samples, or trajectories, of each batch."""
     parts = []
     for start in tqdm(range(0, len(ids), batch_size), "sampling", disable=not progress):
-        rows = list(ids[start : start + batch_size])
+        rows = ids[start : start + batch_size]
         part = map_cond(lambda c: c[start : start + batch_size].to(denoiser.device), cond)
         z = sample_noise(rows, shape, seed).to(denoiser.device) * denoiser.schedule.prior_scale
         states = [z] if trajectory else []
@@ -139,9 +152,9 @@ def sample(
             if trajectory:
                 states.append(z)
         parts.append(torch.stack(states) if trajectory else z)
-    return torch.cat(parts, dim=1 if trajectory else 0)
+    return parts
 
-# %% ../nbs/06_solvers.ipynb #02bc0864
+
 def _check_rows(cond: Tensor, n: int) -> Tensor:
     if len(cond) != n:
         raise ValueError(f"the condition has {len(cond)} rows for {n} samples")

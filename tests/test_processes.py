@@ -15,14 +15,14 @@ import pytest
 import tiny
 
 from ddil.artifact import Sampler
-from ddil.distil import Recipe, ddil_rollin, distil, distil_in_processes
+from ddil.distil import ddil_rollin, distil, distil_in_processes
 from ddil.noise import Shard
 from ddil.rollin import Mixture, Replay, Teacher
 from ddil.schedule import uniform_grid
-from ddil.train import latest_checkpoint, make_accelerator, read_log
+from ddil.train import latest_checkpoint, make_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDING = 2e-5  # of weights that training moves by 0.01 and more
+ROUNDING = 2e-6  # of weights that training moves by 0.01 and more
 TWO_STAGES = {"stages": (8, 4, 2)}
 Trained = Callable[[str, int], Path]
 
@@ -63,7 +63,7 @@ def test_two_processes_train_what_one_does(arm: str, run_of: Trained) -> None:
 
     untrained = tiny.problem().student.network.state_dict()
     moved = {name: (value - untrained[name]).abs().max().item() for name, value in tiny.weights(one).items()}
-    assert min(moved.values()) > 100 * ROUNDING, f"training did not change {min(moved, key=moved.__getitem__)}"
+    assert min(moved.values()) > 5000 * ROUNDING, f"training did not change {min(moved, key=moved.__getitem__)}"
     assert tiny.largest_difference(tiny.weights(one), tiny.weights(two)) < ROUNDING
 
     rows = list(zip(tiny.lines(one), tiny.lines(two), strict=True))
@@ -71,7 +71,7 @@ def test_two_processes_train_what_one_does(arm: str, run_of: Trained) -> None:
     for alone, shared in rows:
         assert alone.keys() == shared.keys()
         for name in ("loss", "squared error of x", "gradient norm"):
-            assert math.isclose(alone[name], shared[name], rel_tol=1e-4), (alone["update"], name)
+            assert math.isclose(alone[name], shared[name], rel_tol=5e-6), (alone["update"], name)
         for name in alone:
             if name.split()[0] in ("forward", "update", "learning") or name in ("collected asked", "collected used", "collected collected states", "collected reuse used"):
                 assert alone[name] == shared[name], (alone["update"], name)
@@ -87,11 +87,11 @@ def test_two_processes_share_the_work(run_of: Trained) -> None:
     stored = tiny.read_tensors(alone / "rollin-0.safetensors")["collected.store.z"]
     assert halves[0].shape[1] == halves[1].shape[1] == 8
     for half, rows in zip(halves, (slice(0, 8), slice(8, 16))):
-        assert (half - stored[:, rows]).abs().max() < 100 * ROUNDING < stored.abs().max()
+        assert (half - stored[:, rows]).abs().max() < 10 * ROUNDING < 0.1 < stored.abs().max()
 
 
 @pytest.mark.xfail(strict=True, reason="the numbers of the log and the cost that depend on a process' own rows are those of the first process")
-@pytest.mark.parametrize("name", ["collected beta used", "collected age", "teacher evaluations"])
+@pytest.mark.parametrize("name", ["collected beta used", "collected age", "teacher evaluations", "student evaluations"])
 def test_the_log_speaks_of_all_processes(name: str, run_of: Trained) -> None:
     """What the log says of shares, ages and evaluations holds for the global batch."""
     one, two = ([line[name] for line in tiny.lines(tiny.stages(run_of("PD + DDIL, sample", processes))[0]) if name in line] for processes in (1, 2))
@@ -239,12 +239,11 @@ def test_finished_students_are_for_any_number_of_processes(run_of: Trained) -> N
 RECIPES: list[dict] = [{"beta": (0.5, 0.5)}, {"collected": (0.5, 0.5)}, {"mixing": "sample"}, {"reuse": 1.0}]
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint does not know beta, collected, mixing and reuse, so an interrupted stage goes on by another recipe than it began with")
 @pytest.mark.parametrize("change", RECIPES, ids=lambda change: next(iter(change)))
 def test_an_interrupted_stage_keeps_its_recipe(change: dict, tmp_path: Path, half_done: Path) -> None:
     """A stage that was begun by one recipe is not finished by another: its student would claim to be made by the second."""
     shutil.copytree(half_done, tmp_path / "run")
-    with pytest.raises(ValueError, match="another r"):
+    with pytest.raises(ValueError, match=f"belongs to another run: .*{next(iter(change))} .* there, .* here"):
         distil(tiny.problem(), tiny.recipe(**change), tmp_path / "run", checkpoint_every=tiny.CHECKPOINT_EVERY)
 
 
@@ -253,5 +252,5 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed half way through its stage."""
     folder = tmp_path_factory.mktemp("half") / "run"
     stopped(folder)
-    assert latest_checkpoint(folder / "8-to-4") is not None and read_log(folder / "8-to-4") and Recipe is not None
+    assert latest_checkpoint(folder / "8-to-4") is not None
     return folder

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['ddim_target', 'Progressive', 'Stage', 'halvings']
 
-# %% ../../nbs/09_progressive.ipynb #873ec49c
+# %% ../../nbs/09_progressive.ipynb #48bc1f94
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..denoiser import coefficients, times
+from ..denoiser import coefficients, combine
 from .base import Method, student_schedule, weighted_error, weighting_by_name
 from ..rollin import States, Teacher
 from ..schedule import Schedule, Time
 
-# %% ../../nbs/09_progressive.ipynb #35570bd5
+# %% ../../nbs/09_progressive.ipynb #6a055496
 def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) -> Tensor:
     """The clean estimate for which one DDIM step from (z, t) lands on z_s at s (Salimans & Ho 2022, algorithm 2). At s = 0 that is z_s itself."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, z), coefficients(schedule, s, z)
     keep = sigma_s / sigma_t
     gap = alpha_s - keep * alpha_t
-    return z_s * times(1 / gap, z.dtype) - z * times(keep / gap, z.dtype)
+    return combine(1 / gap, z_s, -keep / gap, z)
 
 # %% ../../nbs/09_progressive.ipynb #cec316d9
 class Progressive(Method):

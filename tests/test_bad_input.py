@@ -1,0 +1,496 @@
+"""Bad input is refused with its name and the remedy, before anything is computed; damaged files are refused, and never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import ddil.data
+import ddil.distil
+from ddil.artifact import Sampler
+from ddil.data import TensorData, digits
+from ddil.denoiser import ClassDenoiser, Denoiser, Guided, Reflected
+from ddil.distil import Problem, atoms_problem, digits_problem, distil, run_task
+from ddil.exact import Gaussian
+from ddil.experiment import command_line
+from ddil.files import unseal
+from ddil.methods.progressive import Progressive
+from ddil.networks import MLP
+from ddil.noise import Shard, shuffled_indices
+from ddil.rollin import Replay, Rollout, Teacher
+from ddil.schedule import Cosine, RectifiedFlow, uniform_grid
+from ddil.shift import covariate_shift
+from ddil.train import NonFiniteLoss, latest_checkpoint, make_accelerator, read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = "network/diffusion_pytorch_model.safetensors"
+
+
+# Parameters of an experiment
+
+BAD_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "parameters": (
+        {"updatse": 5, "updates": "many", "atoms_updates": 2.5, "stages": [16, 8, 5], "collected": [0.25, 1.5], "beta": [-0.1, 0.8], "teacher": "nowhere/teacher", "mixing": "samples",
+         "seeds": [1, 1], "processes": 0},
+        ("10 of the parameters cannot be used", "updatse = 5: there is no such parameter (did you mean updates?)", "updates = 'many' must be a whole number of at least 1",
+         "atoms_updates = 2.5 must be a whole number", "stages = [16, 8, 5] must be steps each of which is half of the one before, and 5 is not half of 8: write 4 after 8",
+         "collected = [0.25, 1.5] must be a finite number in [0, 1]", "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
+         "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists", "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
+         "seeds = [1, 1] must not repeat", "processes = 0 must be a finite whole number of at least 1")),
+    "stages": ({"stages": [24, 12]}, ("the teacher has 32 steps, so the first stage must divide 32, not be 24",)),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str]]:
+    """Output folder, exit code and messages of papermill runs of experiments/ddil.ipynb, which go on side by side."""
+    root = tmp_path_factory.mktemp("papermill")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log"}
+    running = {name: subprocess.Popen(command_line("experiments/ddil.ipynb", {**parameters, "output": str(root / name)}), shell=True, cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, (parameters, _) in BAD_RUNS.items()}
+    messages = {name: process.communicate(timeout=300)[1] for name, process in running.items()}
+    return {name: (root / name, process.returncode, messages[name]) for name, process in running.items()}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_an_experiment_refuses_its_parameters(name: str, bad_runs: dict[str, tuple[Path, int, str]]) -> None:
+    """Everything that is wrong is told at once with its remedy, and nothing but the notebook is in the output folder."""
+    folder, code, message = bad_runs[name]
+    message = re.sub(r"\x1b\[[\d;]*m", "", message)
+    assert code == 1, message
+    for told in BAD_RUNS[name][1]:
+        assert told in message, f"{told!r} is not in\n{message}"
+    assert [path.name for path in folder.iterdir()] == ["ddil.ipynb"]
+
+
+def test_a_teacher_that_is_none(tmp_path: Path) -> None:
+    """A folder that exists and holds no teacher, or a training checkpoint, is named."""
+    with pytest.raises(ValueError, match=f"{tmp_path} is not complete.*sealed.json"):
+        digits_problem(teacher=tmp_path)
+    distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run", checkpoint_every=1)
+    with pytest.raises(ValueError, match="update-00000002 is not a saved sampler.*training checkpoint"):
+        digits_problem(teacher=latest_checkpoint(tmp_path / "run" / "8-to-4"))
+
+
+def test_a_task_of_another_version(tmp_path: Path) -> None:
+    """A task file with a field that this version does not know, or an unknown problem, is refused before its problem is made."""
+    task = {"problem": "atoms", "options": {}, "recipe": {"updates": 1, "betta": 0.5}, "folder": str(tmp_path / "run"), "device": "cpu", "checkpoint_every": 1}
+    with pytest.raises(ValueError, match=r"fields of the recipe \['betta'\]"):
+        run_task(task, make_accelerator("cpu"))
+    with pytest.raises(ValueError, match="unknown problem 'atom'.*digits, atoms"):
+        run_task({**task, "problem": "atom", "recipe": {}}, make_accelerator("cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+# Pieces that do not fit
+
+
+class Nothing:
+    """A data set of one's own that turns out to be empty."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+class CountingTeacher(Gaussian):
+    """A teacher that must not be asked."""
+
+    def predict(self, z: Tensor, t: float | Tensor, cond: Any) -> Tensor:
+        raise AssertionError("the teacher was asked before the input was checked")
+
+
+def mlp(schedule: Any = Cosine(), dim: int = 64, classes: int | None = None) -> Denoiser:
+    """A perceptron under `schedule`."""
+    return ClassDenoiser(MLP(dim, 16, 1, classes), schedule, "x")
+
+
+def digits_with(x: Tensor | None = None, labels: Tensor | None = None) -> Problem:
+    """The problem of the digits with other data."""
+    made = digits_problem()
+    made.data = TensorData(digits().x if x is None else x, labels)
+    return made
+
+
+UNFIT: dict[str, tuple[Callable[[], Problem], type[Exception], str]] = {
+    "empty data": (lambda: tiny.problem(data=Nothing(), teacher=CountingTeacher()), ValueError, "the data set is empty"),
+    "two schedules": (lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()), ValueError, "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine"),
+    "a student that cannot learn": (lambda: tiny.problem(student=mlp().requires_grad_(False)), ValueError, "no trainable parameters"),
+    "labels out of range": (lambda: digits_with(labels=digits().cond + 5), ValueError, r"labels must be in \[0, 10\]"),
+    "labels that are no whole numbers": (lambda: digits_with(labels=digits().cond.float()), ValueError, "integer labels, not torch.float32"),
+    "labels in one column": (lambda: digits_with(labels=digits().cond[:, None]), ValueError, r"integer labels, not torch.int64 of shape"),
+    "labels for a teacher without classes": (lambda: tiny.problem(data=TensorData(tiny.problem().data.x, torch.zeros(50, dtype=torch.int64))), ValueError, "has no classes"),
+    "no labels": (lambda: digits_with(), ValueError, "label"),
+    "a shape that the data do not have": (lambda: tiny.problem(shape=(32,)), ValueError, r"\(64,\)"),
+}
+DEFECTS: dict[tuple[str, str], str] = {
+    ("two schedules", "PD"): "Progressive does not compare the schedules of student and teacher",
+    ("no labels", "PD"): "null_condition(None) is a TypeError of torch's",
+    ("no labels", "PD + DDIL"): "null_condition(None) is a TypeError of torch's",
+    ("a shape that the data do not have", "PD"): "a wrong problem.shape is trained on and saved",
+    ("a shape that the data do not have", "PD + DDIL"): "an error of torch's matrix product",
+}
+CASES = [pytest.param(case, arm, marks=[pytest.mark.xfail(strict=True, reason=DEFECTS[case, arm])] if (case, arm) in DEFECTS else [], id=f"{case}, {arm}")
+         for case in UNFIT for arm in ("PD", "PD + DDIL")]
+
+
+@pytest.mark.parametrize(("case", "arm"), CASES)
+def test_pieces_that_do_not_fit(case: str, arm: str, tmp_path: Path) -> None:
+    """Distillation with such a problem stops before the first update, and leaves no student."""
+    make, kind, message = UNFIT[case]
+    with pytest.raises(kind, match=message):
+        distil(make(), tiny.recipe(updates=3, collected=(0.0, 0.0) if arm == "PD" else (1.0, 1.0)), tmp_path / "run")
+    assert not list(tmp_path.rglob("student")) and not any(path.read_text() for path in tmp_path.rglob("log.jsonl"))
+
+
+def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
+    """A name or a number that a recipe cannot have stops the distillation before a network is asked."""
+    bad: list[tuple[dict[str, Any], str]] = [({"weighting": "snr+1"}, "known are"), ({"reuse": 0.0}, "reuse must be positive"), ({"ema": 1.0}, r"\(0, 1\)"), ({"learning_rate": float("nan")}, "positive"),
+                                             ({"batch": 0}, "at least 1"), ({"mixing": "both"}, "'batch' or 'sample', not 'both'")]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            distil(tiny.problem(teacher=CountingTeacher()), tiny.recipe(**changes), tmp_path / "run")
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.xfail(strict=True, reason="without collected states nobody looks at the mixing, and the student says that it was made with mixing 'both'")
+def test_a_recipe_is_checked_whether_or_not_it_is_used() -> None:
+    """A mixing that does not exist is refused for PD too."""
+    with pytest.raises(ValueError, match="'batch' or 'sample'"):
+        tiny.recipe(mixing="both", collected=(0.0, 0.0))
+
+
+def test_a_replay_that_does_not_fit() -> None:
+    """Too few places, and lanes that cannot be shared, with the numbers that would do."""
+    rollout = Rollout(mlp(), Teacher(CountingTeacher(), uniform_grid(8)), (64,), shard=Shard(0, 2))
+    with pytest.raises(ValueError, match="capacity 63 cannot hold one trajectory of 4 states for each of 16 rows: at least 64"):
+        Replay(rollout, 16, 63)
+    Replay(rollout, 16, 64)
+    for trajectories in (3, 1):
+        with pytest.raises(ValueError, match=f"{trajectories} roll-outs per collection must divide the batch of 16 and be shared by 2 processes"):
+            Replay(rollout, 16, 64, trajectories=trajectories)
+
+
+def test_a_grid_that_was_not_trained() -> None:
+    """Other steps, times between the teacher's, and states between the nodes are refused."""
+    student, teacher = Sampler(mlp(), uniform_grid(4), (64,)), Sampler(CountingTeacher(), uniform_grid(8), (64,))
+    with pytest.raises(ValueError, match=r"made for 4 steps at t = \[1.0, 0.75, 0.5, 0.25, 0.0\], not 5; force=True"):
+        student.sample(range(2), steps=5)
+    for grid in (uniform_grid(16), uniform_grid(4, 1.0, 0.1), torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])):  # more steps than the teacher, another end, other times
+        with pytest.raises(ValueError, match="its times must be every k-th of the teacher's"):
+            covariate_shift(Sampler(mlp(), grid, (64,)), teacher, range(2))
+    method = Progressive(Teacher(CountingTeacher(), uniform_grid(8)))
+    states = Rollout(mlp(), Teacher(Gaussian(), uniform_grid(4)), (64,), label=False, beta=1.0).sample(4, 0)
+    states.t[:] = 0.875  # a node of the teacher's grid, not of the student's
+    with pytest.raises(ValueError, match="not nodes of the student's grid"):
+        method.loss(mlp(), states)
+
+
+def test_a_student_is_not_guided_again(tmp_path: Path) -> None:
+    """Not as it comes from the disk, not inside its threshold, and neither as the teacher of the next problem; scale 1 is no guidance."""
+    made = digits_problem(2.0)
+    Sampler(made.student, uniform_grid(4), made.shape, guidance_scale=2.0).save(tmp_path / "student")
+    loaded = Sampler.load(tmp_path / "student").denoiser
+    for attempt in (lambda: Guided(loaded, 2.0), lambda: Guided(Reflected(loaded), 0.0), lambda: digits_problem(2.0, tmp_path / "student"), lambda: Guided.from_weight(loaded, 1.0)):
+        with pytest.raises(ValueError, match="would apply guidance twice; use guidance_scale=1"):
+            attempt()
+    assert Guided(loaded, 1.0).guidance_distilled
+
+
+@pytest.mark.xfail(strict=True, reason="digits_problem marks the student by its own scale, whatever its teacher imitates")
+def test_the_student_of_a_distilled_student_is_not_guided_either(tmp_path: Path) -> None:
+    """An unguided teacher that imitates a guided one makes students that do."""
+    made = digits_problem(2.0)
+    Sampler(made.student, uniform_grid(4), made.shape, guidance_scale=2.0).save(tmp_path / "student")
+    with pytest.raises(ValueError, match="guidance twice"):
+        Guided(digits_problem(1.0, tmp_path / "student").student, 2.0)
+
+
+@pytest.mark.xfail(strict=True, reason="AttributeError: property 'guidance_distilled' of 'Reflected' object has no setter")
+def test_a_teacher_with_a_threshold(tmp_path: Path) -> None:
+    """A student that distillation has saved (its estimates are thresholded) may teach the next problem, unless that would guide it again."""
+    teacher = digits_problem().teacher.denoiser
+    Sampler(Reflected(teacher), uniform_grid(4), (1, 8, 8)).save(tmp_path / "student")
+    made = digits_problem(2.0, tmp_path / "student")
+    assert made.student.guidance_distilled and not made.teacher.guidance_distilled
+
+
+@pytest.mark.parametrize("change", ["guidance", "width"])
+def test_a_folder_of_another_problem(change: str, tmp_path: Path) -> None:
+    """The students of another problem (teacher guided otherwise, other network) are not handed out as this one's."""
+    if change == "guidance":
+        first, second = digits_problem(1.5), digits_problem(3.0)
+    else:
+        first, second = tiny.problem(), atoms_problem(**{**tiny.OPTIONS, "width": 16})
+    plan = tiny.recipe(updates=2, stages=(2, 1), collected=(0.0, 0.0))
+    distil(first, plan, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"student was made (by another|otherwise).*{change}.* there, .* here.*Use another folder, or delete it"):
+        distil(second, plan, tmp_path / "run")
+
+
+# Divergence
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """One bad sample stops the run at the update that meets it; with the sample mended the run goes on from the checkpoint before, and ends as if nothing had been."""
+    plan = tiny.recipe(collected=(0.0, 0.0), updates=15, batch=4)
+    good, bad = tiny.problem(data=tiny.problem().data), tiny.problem()
+    row = shuffled_indices(len(bad.data), 4, 11, plan.seed)[0]  # seen in the twelfth update for the first time: twelve batches of 4 out of 50
+    bad.data = TensorData(bad.data.x.clone())
+    bad.data.x[row] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at update 12 of 15. Last good checkpoint: .*update-00000010. Lower the learning rate"):
+        distil(bad, plan, tmp_path / "run", checkpoint_every=5)
+    stage = tmp_path / "run" / "8-to-4"
+    assert [line["update"] for line in read_log(stage)] == list(range(1, 12)) and not (stage / "student").exists()
+    unseal(latest_checkpoint(stage))
+    distil(good, plan, tmp_path / "run", checkpoint_every=5)
+    distil(good, plan, tmp_path / "straight", checkpoint_every=5)
+    tiny.assert_same(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("collected", [(0.0, 0.0), (1.0, 1.0)])
+def test_a_rate_that_explodes(collected: tuple[float, float], tmp_path: Path) -> None:
+    """A learning rate of 1e30 ends in one error that names it; no student is left that could be taken for one."""
+    with pytest.raises(NonFiniteLoss, match=r"at update \d+ of 40\. Last good checkpoint: none\. Lower the learning rate \(now 1e\+30\)"):
+        distil(tiny.problem(), tiny.recipe(learning_rate=1e30, collected=collected), tmp_path)
+    assert not list(tmp_path.rglob("student"))
+    assert all(json.loads(line)["loss"] < float("inf") for line in (tmp_path / "8-to-4" / "log.jsonl").read_text().splitlines())
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints at updates 10 and 20, ended after 25."""
+    class Enough(Exception):
+        pass
+
+    def until_25(steps, _):
+        for step in steps:
+            if step == 25:
+                raise Enough
+            yield step
+
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(Enough):
+        distil(tiny.problem(), tiny.recipe(), folder, checkpoint_every=10, progress=until_25)
+    return folder
+
+
+@pytest.fixture
+def resumable(interrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the interrupted run, to be damaged."""
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a bit of the roll-in": (lambda place: flip(place / "rollin-0.safetensors"), "rollin-0.safetensors in .*update-00000020 is damaged"),
+    "a bit of the average": (lambda place: flip(place / "average.safetensors"), "average.safetensors in .*update-00000020 is damaged"),
+    "half an optimiser": (lambda place: os.truncate(place / "optimizer-student.safetensors", 1000), "optimizer-student.safetensors in .*update-00000020 is damaged"),
+    "a lost file": (lambda place: (place / "network-student.safetensors").unlink(), "update-00000020 is not complete .*network-student.safetensors"),
+    "no description": (lambda place: (place / "sealed.json").unlink(), "update-00000020 is not complete .*sealed.json"),
+    "half a description": (lambda place: os.truncate(place / "sealed.json", 50), "update-00000020 is not complete"),
+    "zeros for a description": (lambda place: (place / "sealed.json").write_bytes(bytes(50)), "update-00000020 is not complete"),
+    "a description that is no text": (lambda place: (place / "sealed.json").write_bytes(b"\xff\xfe\x00"), "update-00000020 is not complete"),
+}
+
+
+@pytest.mark.parametrize("damage", [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="unseal does not catch UnicodeDecodeError")) if "no text" in name else name for name in DAMAGES])
+def test_a_damaged_checkpoint(damage: str, resumable: Path, tmp_path: Path) -> None:
+    """It is named with the remedy, and the remedy works: without it the run goes on from the checkpoint before, to the same end."""
+    place = latest_checkpoint(resumable / "8-to-4")
+    DAMAGES[damage][0](place)
+    with pytest.raises(ValueError, match=f"{DAMAGES[damage][1]}.*delete it to go on from an earlier checkpoint"):
+        distil(tiny.problem(), tiny.recipe(), resumable, checkpoint_every=10)
+    shutil.rmtree(place)
+    distil(tiny.problem(), tiny.recipe(), resumable, checkpoint_every=10)
+    distil(tiny.problem(), tiny.recipe(), tmp_path / "straight", checkpoint_every=10)
+    tiny.assert_same(resumable, tmp_path / "straight")
+
+
+def test_a_foreign_checkpoint(resumable: Path) -> None:
+    """Of another batch, another network, another roll-in, another method or no training at all: refused with what differs, and left as it is."""
+    stage = resumable / "8-to-4"
+    before = {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()}
+    foreign: list[tuple[dict[str, Any], Problem, tuple[str, ...]]] = [
+        ({"batch": 8}, tiny.problem(), ("batch 16 there, 8 here",)),
+        ({}, tiny.problem(student=mlp()), ("parameters '",)),
+        ({"collected": (0.0, 0.0)}, tiny.problem(), ("roll-in 'Mixture' there, 'Forward' here",)),
+        ({"weighting": "snr", "seed": 2}, tiny.problem(), ("seed 1 there, 2 here", "weighting 'truncated_snr' there, 'snr' here")),
+    ]
+    for changes, problem, differences in foreign:
+        with pytest.raises(ValueError, match="update-00000020 belongs to another run: .*Use another folder, or delete it to start anew") as caught:
+            distil(problem, tiny.recipe(**changes), resumable)
+        assert all(difference in str(caught.value) for difference in differences), caught.value
+    assert {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()} == before
+    Sampler(mlp(), uniform_grid(4), (64,)).save(stage / "checkpoints" / "update-00000030")
+    with pytest.raises(ValueError, match="update-00000030 belongs to another run"):
+        distil(tiny.problem(), tiny.recipe(), resumable)
+
+
+# Saved samplers
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved student with a threshold."""
+    torch.manual_seed(0)
+    return Sampler(Reflected(mlp()).eval().requires_grad_(False), uniform_grid(4), (64,)).save(tmp_path_factory.mktemp("saved") / "student")
+
+
+def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers, assets and checkpoints are JSON and safetensors, none is a pickle under another name, and they load without torch.load and pickle."""
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    found = [path for folder in (saved, interrupted, ddil.data.ASSETS) for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in found} == {".json", ".jsonl", ".safetensors"}
+    for path in found:
+        head = path.read_bytes()
+        if path.suffix == ".safetensors":
+            json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])  # a pickle has no such header
+        else:
+            [json.loads(part) for part in (head.splitlines() if path.suffix == ".jsonl" else [head])]
+
+    for owner, name in ((torch, "load"), (torch.serialization, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert Sampler.load(saved).sample(range(2)).shape == (2, 64)
+    assert ddil.data.digits_teacher().steps == 32 and ddil.data.digits_classifier() is not None
+    begun: list[int] = []
+    folder = shutil.copytree(interrupted, tmp_path / "resumed")
+    distil(tiny.problem(), tiny.recipe(), folder, progress=lambda steps, _: begun.append(steps[0]) or steps)
+    assert begun == [20]
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
+    "network": (lambda d: d["denoiser"].update(network="UNet9DModel"), "holds a ClassDenoiser of a UNet9DModel: known are", ""),
+    "adapter": (lambda d: d["denoiser"].update(adapter="os.system"), "holds a os.system of a MLP: known are", ""),
+    "schedule": (lambda d: d["denoiser"]["schedule"].update(name="Cosin"), "unknown schedule 'Cosin'; known are Cosine", ""),
+    "field of the schedule": (lambda d: d["denoiser"]["schedule"].update(limits=3), "has no field limits", ""),
+    "prediction": (lambda d: d["denoiser"].update(prediction="epsilon"), "prediction must be one of x, eps, v, flow, not 'epsilon'", ""),
+    "threshold": (lambda d: d["denoiser"]["wrappers"][0].update(kind="soft"), "'static' or 'dynamic'", ""),
+    "solver": (lambda d: d.update(solver="dimm"), "unknown solver 'dimm'; known are ddim", ""),
+    "grid": (lambda d: d.update(grid=[0.0, 0.5, 1.0]), "must fall strictly", ""),
+    "no denoiser": (lambda d: d.pop("denoiser"), "is not a saved sampler", ""),
+    "no hashes": (lambda d: d.pop("files"), "student is not complete .*files", ""),
+    "wrapper": (lambda d: d["denoiser"]["wrappers"].append({"name": "Clipped"}), "Clipped", "an unknown wrapper is taken for a threshold"),
+    "no wrappers": (lambda d: d["denoiser"].pop("wrappers"), "student.*wrappers", "a missing entry is a KeyError without the folder's name"),
+    "no grid": (lambda d: d.pop("grid"), "student.*grid", "a missing entry is a KeyError without the folder's name"),
+    "option of a newer version": (lambda d: d["denoiser"].update(memory=1), "student.*memory", "an unknown option is a TypeError of Python's"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=defect)] if defect else []) for name, (_, _, defect) in EDITS.items()])
+def test_a_description_that_makes_no_sense(name: str, saved: Path, tmp_path: Path) -> None:
+    """A sampler that asks for what this version does not know, or lacks what it needs, is refused by name."""
+    change, message, _ = EDITS[name]
+    place = tiny.edited(saved, tmp_path / "student", change)
+    with pytest.raises(ValueError, match=message):
+        Sampler.load(place)
+
+
+def configured(place: Path, **changes: Any) -> None:
+    """Change the configuration of a saved sampler's network."""
+    path = place / "network" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "a bit of the weights": (lambda place: flip(place / WEIGHTS), f"{WEIGHTS} in .*student is damaged.*save it again", ""),
+    "half the weights": (lambda place: os.truncate(place / WEIGHTS, 500), f"{WEIGHTS} in .*student is damaged", ""),
+    "no weights": (lambda place: (place / WEIGHTS).unlink(), f"student is not complete .*{WEIGHTS}.*save it again", ""),
+    "half a description": (lambda place: os.truncate(place / "sealed.json", (place / "sealed.json").stat().st_size // 2), "student is not complete .*save it again", ""),
+    "a description of another kind": (lambda place: (place / "sealed.json").write_text("[]"), "student is not complete", ""),
+    "another width": (lambda place: configured(place, width=8), "student|expected shape", ""),
+    "fewer layers": (lambda place: configured(place, depth=0), "config.json", "config.json is not hashed, and diffusers leaves out weights that find no place"),
+    "more layers": (lambda place: configured(place, depth=2), "config.json", "config.json is not hashed, and layers without weights are a NotImplementedError of torch's"),
+    "half a configuration": (lambda place: os.truncate(place / "network" / "config.json", 20), "config.json", "config.json is not hashed, and the error is an OSError of diffusers'"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=defect)] if defect else []) for name, (_, _, defect) in BROKEN.items()])
+def test_a_damaged_sampler(name: str, saved: Path, tmp_path: Path) -> None:
+    """It is refused with the file's name; it never samples from what is left."""
+    damage, message, _ = BROKEN[name]
+    place = shutil.copytree(saved, tmp_path / "student")
+    damage(place)
+    with pytest.raises(ValueError, match=message):
+        Sampler.load(place)
+
+
+def test_a_damaged_student_is_not_passed_on(tmp_path: Path) -> None:
+    """A finished stage whose student was damaged since is neither loaded nor silently trained anew."""
+    distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run")
+    flip(tmp_path / "run" / "8-to-4" / "student" / WEIGHTS)
+    with pytest.raises(ValueError, match="8-to-4/student is damaged"):
+        distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run")
+
+
+def test_what_is_sampled_must_fit(saved: Path) -> None:
+    """Labels for too many samples, for a student without classes, out of range or of the wrong type; and no samples at all."""
+    points, classes = Sampler.load(saved), Sampler(mlp(classes=11), uniform_grid(2), (64,))
+    bad: list[tuple[Sampler, Any, Any, str]] = [(points, range(2), torch.zeros(2, dtype=torch.int64), "has no classes: pass cond=None"), (points, [], None, "nothing to sample"),
+                                                (classes, range(2), torch.tensor([1, 2, 3]), "3 rows for 2 samples"), (classes, range(2), None, "2 integer labels, not NoneType"),
+                                                (classes, range(2), torch.tensor([1, -1]), "labels must be in"), (classes, range(2), torch.tensor([1.0, 2.0]), "not torch.float32")]
+    for sampler, ids, cond, message in bad:
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(ids, cond)
+
+
+# Assets
+
+
+@pytest.fixture
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the assets, which the library takes for its own."""
+    shutil.copytree(ddil.data.ASSETS, tmp_path / "assets")
+    for module in (ddil.data, ddil.distil):
+        monkeypatch.setattr(module, "ASSETS", tmp_path / "assets", raising=False)
+    return tmp_path / "assets"
+
+
+def test_missing_assets(assets: Path) -> None:
+    """A teacher or a classifier that is not there is named, the classifier with the remedy; a damaged teacher is not used."""
+    flip(assets / "digits-teacher" / WEIGHTS)
+    with pytest.raises(ValueError, match="digits-teacher is damaged"):
+        digits_problem()
+    for name, make in (("digits-teacher", ddil.data.digits_teacher), ("digits-classifier", ddil.data.digits_classifier)):
+        shutil.rmtree(assets / name)
+        with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
+            make()
+
+
+@pytest.mark.xfail(strict=True, reason="only a missing classifier says how to get it back")
+def test_a_missing_teacher_tells_the_remedy(assets: Path) -> None:
+    """`make teacher`, or a reinstallation."""
+    shutil.rmtree(assets / "digits-teacher")
+    with pytest.raises(FileNotFoundError, match="make teacher"):
+        ddil.data.digits_teacher()
+
+
+@pytest.mark.xfail(strict=True, reason="the classifier is not sealed, so a changed weight goes into every metric unnoticed")
+def test_a_damaged_classifier(assets: Path) -> None:
+    """The classifier's weights are held against their hash, as the teacher's are."""
+    flip(assets / "digits-classifier" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        ddil.data.digits_classifier()
