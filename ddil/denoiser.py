@@ -240,7 +240,7 @@ class Wrapper(Denoiser):
     def null_condition(self, cond: Cond) -> Cond:
         return self.denoiser.null_condition(cond)
 
-# %% ../nbs/03_denoiser.ipynb #5338b9ab
+# %% ../nbs/03_denoiser.ipynb #af73ee52
 class Guided(Wrapper):
     """Classifier-free guidance: x_null + guidance_scale (x_cond - x_null) (Ho & Salimans 2022, in Imagen's convention)."""
 
@@ -258,6 +258,7 @@ class Guided(Wrapper):
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         if self.guidance_scale == 1:
             return self.denoiser(z, t, cond)
+        self.denoiser.check_condition(cond, len(z))
         null = self.denoiser.null_condition(cond)
         if self.guidance_scale == 0:
             return self.denoiser(z, t, null)

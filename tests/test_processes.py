@@ -17,7 +17,7 @@ import tiny
 from ddil.artifact import Sampler
 from ddil.distil import ddil_rollin, distil, distil_in_processes
 from ddil.noise import Shard
-from ddil.rollin import Mixture, Replay, Teacher
+from ddil.states import Teacher
 from ddil.schedule import uniform_grid
 from ddil.train import latest_checkpoint, make_accelerator
 
@@ -90,7 +90,6 @@ def test_two_processes_share_the_work(run_of: Trained) -> None:
         assert (half - stored[:, rows]).abs().max() < 10 * ROUNDING < 0.1 < stored.abs().max()
 
 
-@pytest.mark.xfail(strict=True, reason="the numbers of the log and the cost that depend on a process' own rows are those of the first process")
 @pytest.mark.parametrize("name", ["collected beta used", "collected age", "teacher evaluations", "student evaluations"])
 def test_the_log_speaks_of_all_processes(name: str, run_of: Trained) -> None:
     """What the log says of shares, ages and evaluations holds for the global batch."""
@@ -98,13 +97,14 @@ def test_the_log_speaks_of_all_processes(name: str, run_of: Trained) -> None:
     assert len(one) > 10 and one == pytest.approx(two, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="ddil_rollin silently collects more at a time where a quarter of the batch cannot be shared")
 def test_the_number_of_processes_does_not_change_the_rollin() -> None:
     """As many trajectories are collected at a time, however many processes share them; or the batch is refused."""
     made = tiny.problem()
-    rollins = [ddil_rollin(made.student, Teacher(made.teacher, uniform_grid(8)), made.data, made.shape, tiny.recipe(batch=12).settings(), shard=Shard(0, world)) for world in (1, 2)]
-    collected = [rollin.parts["collected"] for rollin in rollins if isinstance(rollin, Mixture)]
-    assert len({replay.trajectories for replay in collected if isinstance(replay, Replay)}) == 1
+    make = lambda batch, world: ddil_rollin(made.student, Teacher(made.teacher, uniform_grid(8)), made.data, made.shape, tiny.recipe(batch=batch).settings(), shard=Shard(0, world))
+    collected = [make(16, world).parts["collected"] for world in (1, 2, 4)]
+    assert {replay.trajectories for replay in collected} == {4}
+    with pytest.raises(ValueError, match="3 roll-outs per collection .* 12 .* 2 processes"):
+        make(12, 2)
 
 
 # Launching
