@@ -95,11 +95,11 @@ def text_problem(rows: int = 256, seed: int = 0, device: str | torch.device = "c
     student.guidance_distilled = True
     return Problem(Guided(denoiser.requires_grad_(False), 7.5), student, TensorData(torch.randn(rows, 4, 16, 16), torch.randn(rows, 77, 128)), (4, 16, 16), 7.5)
 
-# %% ../nbs/21_bench.ipynb #6058392a
+# %% ../nbs/21_bench.ipynb #2032d0e9
 def stage_trainer(problem: Problem, recipe: Recipe) -> Trainer:
     """A trainer of the first stage of `recipe`, which shares no network with another."""
     teacher, student = (recipe.reflect(copy.deepcopy(denoiser)) for denoiser in (problem.teacher, problem.student))
-    expert, settings = Teacher(teacher, uniform_grid(recipe.stages[0])), recipe.settings()
+    expert, settings = Teacher(teacher, uniform_grid(recipe.stages[0])), recipe.settings(recipe.stages[1])
     rollin = ddil_rollin(student, expert, problem.data, problem.shape, settings, recipe.beta, recipe.collected, recipe.mixing, recipe.capacity, recipe.reuse)
     accelerator = make_accelerator("cpu" if student.device.type == "cpu" else "auto")
     return Trainer(student.train(), Progressive(expert, recipe.weighting), rollin, settings, accelerator=accelerator)
@@ -109,11 +109,11 @@ def units(trainer: Trainer, updates: int) -> int:
     """Network evaluations so far, in rows of a forward pass; the backward pass of a row counts as two."""
     return sum(trainer.evaluations.values()) + 2 * updates * trainer.settings.batch
 
-# %% ../nbs/21_bench.ipynb #3e5bfb58
+# %% ../nbs/21_bench.ipynb #8229681e
 def collected_batches(recipe: Recipe, seed: int) -> np.ndarray:
     """(updates,) booleans: in which updates the mixture of this seed takes a collected batch."""
-    prior = staged(*recipe.collected, recipe.updates)
-    return np.array([generator(seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(recipe.updates)])
+    prior, stage = staged(*recipe.collected, recipe.updates), replace(recipe, seed=seed).settings(recipe.stages[1])
+    return np.array([generator(stage.seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(recipe.updates)])
 
 
 def even_seeds(recipe: Recipe, count: int) -> list[int]:
