@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "teacher", "clean"}
+TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "teacher", "reference", "clean"}
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
