@@ -202,7 +202,7 @@ def _load_stage(place: Path, problem: Problem, recipe: Recipe, device: torch.dev
         raise ValueError(f"{place} was made otherwise: {'; '.join(differing)}. Use another folder, or delete it to start anew")
     return student
 
-# %% ../nbs/20_distil.ipynb #844419c7
+# %% ../nbs/20_distil.ipynb #5018aaa7
 def distil_in_processes(problem: str, options: dict, recipe: Recipe, folder: str | Path, processes: int, device: str = "auto", checkpoint_every: int = 500) -> dict[int, Sampler]:
     """`distil(PROBLEMS[problem](**options), …)` on `processes` processes of this machine. Raises RuntimeError with the end of their output if they fail."""
     if processes < 1 or recipe.batch % processes:
@@ -219,7 +219,7 @@ def distil_in_processes(problem: str, options: dict, recipe: Recipe, folder: str
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(ending)}")
     return run_task(json.loads(task.read_text()), make_accelerator(device))  # everything is trained: this loads
 
-# %% ../nbs/20_distil.ipynb #26d35be1
+# %% ../nbs/20_distil.ipynb #cb9cfe44
 def run_task(task: dict, accelerator: Accelerator) -> dict[int, Sampler]:
     """What one process does with a task file. Raises ValueError for an unknown problem or an unknown field."""
     unknown = set(task["recipe"]) - {entry.name for entry in fields(Recipe)}
