@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['Time', 'SCHEDULES', 'Schedule', 'VariancePreserving', 'Cosine', 'DiscreteVP', 'VarianceExploding', 'RectifiedFlow',
-           'check_grid', 'uniform_grid', 'log_snr_grid', 'karras_sigmas', 'karras_grid', 'with_clean_end', 'halve',
-           'schedule_to_dict', 'schedule_from_dict']
+           'check_grid', 'uniform_grid', 'log_snr_grid', 'time_uniform_sigmas', 'karras_sigmas', 'sigma_grid',
+           'karras_grid', 'index_grid', 'lcm_grid', 'with_clean_end', 'halve', 'schedule_to_dict', 'schedule_from_dict']
 
-# %% ../nbs/01_schedule.ipynb #0152ff67
+# %% ../nbs/01_schedule.ipynb #c5705eb1
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_schedule.ipynb #8c79997a
+# %% ../nbs/01_schedule.ipynb #040ce04e
 Time = float | Tensor
 
-# %% ../nbs/01_schedule.ipynb #87233424
+# %% ../nbs/01_schedule.ipynb #c04f54a9
 class Schedule:
     """What z_t = alpha(t) x + sigma(t) eps means. Times are floats or tensors in [0, 1]; answers are floats or float64 tensors of the same shape."""
 
@@ -62,20 +63,18 @@ class Schedule:
         """The inverse of `log_snr`: float64 times in [0, 1]."""
         raise NotImplementedError
 
-    @property
-    def prior_scale(self) -> float:
-        """Standard deviation of the noise that a walk starts from at t = 1 (1 where the variance is preserved)."""
-        return self.sigma(1.0)
+    def prior_scale(self, t: float = 1.0) -> float:
+        """Standard deviation of the noise that a walk starts from at `t` (1 where the variance is preserved)."""
+        return self.sigma(t)
 
-# %% ../nbs/01_schedule.ipynb #e7268f80
+# %% ../nbs/01_schedule.ipynb #72988476
 class VariancePreserving(Schedule):
     """alpha^2 + sigma^2 = 1, so z keeps unit variance when the data have it."""
 
-    @property
-    def prior_scale(self) -> float:
+    def prior_scale(self, t: float = 1.0) -> float:
         return 1.0
 
-
+# %% ../nbs/01_schedule.ipynb #5e1c27c8
 @dataclass(frozen=True)
 class Cosine(VariancePreserving):
     """alpha = cos(phi), sigma = sin(phi), phi linear in t, the log-SNR clipped to [-limit, limit] (Salimans & Ho 2022, section 2 and appendix)."""
@@ -95,7 +94,7 @@ class Cosine(VariancePreserving):
         first, last = self._angles
         return ((torch.exp(-log_snr.double() / 2).atan() - first) / (last - first)).clamp(0, 1)
 
-# %% ../nbs/01_schedule.ipynb #aee277b1
+# %% ../nbs/01_schedule.ipynb #4cb88c22
 @dataclass(frozen=True)
 class DiscreteVP(VariancePreserving):
     """Variance-preserving schedule given by betas at `knots` discrete steps; index i is t = (i + 1) / knots, t = 0 is clean.
@@ -146,7 +145,7 @@ class DiscreteVP(VariancePreserving):
         left = (torch.searchsorted(-table, -value.contiguous()) - 1).clamp(0, self.knots - 1)
         return ((left + (value - table[left]) / (table[left + 1] - table[left])) / self.knots).clamp(0, 1)
 
-# %% ../nbs/01_schedule.ipynb #c66d09af
+# %% ../nbs/01_schedule.ipynb #42e875ba
 @dataclass(frozen=True)
 class VarianceExploding(Schedule):
     """alpha = 1, sigma = sigma_max t^rho (Karras et al. 2022, "EDM")."""
@@ -171,7 +170,7 @@ class RectifiedFlow(Schedule):
     def time(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
 
-# %% ../nbs/01_schedule.ipynb #c27ddde6
+# %% ../nbs/01_schedule.ipynb #3d769fe1
 def check_grid(grid: Tensor) -> Tensor:
     """Return `grid` in float64 if it is a walk from noise to clean: one dimension, two times or more, finite, strictly falling, in [0, 1]."""
     grid = torch.as_tensor(grid, dtype=torch.float64)
@@ -194,7 +193,7 @@ def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
     """`steps` + 1 times, equally spaced from `t_max` to `t_min`. With t_max 1 on a 1000-knot schedule this is diffusers' "trailing"."""
     return check_grid(t_max + _ramp(steps) * (t_min - t_max))
 
-# %% ../nbs/01_schedule.ipynb #0c86dca8
+# %% ../nbs/01_schedule.ipynb #fa9f55a8
 def log_snr_grid(schedule: Schedule, steps: int, t_max: float = 1.0, t_min: float = 1e-3) -> Tensor:
     """`steps` + 1 times, equally spaced in log-SNR; both ends need a finite log-SNR."""
     ends = schedule.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))
@@ -205,6 +204,17 @@ def log_snr_grid(schedule: Schedule, steps: int, t_max: float = 1.0, t_min: floa
     return check_grid(grid)
 
 
+def time_uniform_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, t_min: float = 1e-3) -> Tensor:
+    """`steps` + 1 noise-to-signal ratios that are equally spaced in the time of a linear-beta diffusion, which runs from 1 to `t_min`
+    (sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, its betas such that the ends are `sigma_max` and `sigma_min`; Song et al. 2020)."""
+    last, first = math.log1p(sigma_max**2), math.log1p(sigma_min**2) / t_min
+    half_beta_d = (last - first) / (1 - t_min)
+    t = 1 + _ramp(steps) * (t_min - 1)
+    sigmas = torch.expm1(half_beta_d * t**2 + (last - half_beta_d) * t).sqrt()
+    sigmas[0], sigmas[-1] = sigma_max, sigma_min
+    return sigmas
+
+# %% ../nbs/01_schedule.ipynb #1f2fc778
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """`steps` + 1 noise-to-signal ratios from `sigma_max` to `sigma_min` (Karras et al. 2022, equation 5; their N is `steps` + 1)."""
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -212,16 +222,36 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     sigmas[0], sigmas[-1] = sigma_max, sigma_min
     return sigmas
 
-# %% ../nbs/01_schedule.ipynb #63ccb873
-def karras_grid(schedule: Schedule, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """`steps` + 1 times at which sigma / alpha are `karras_sigmas`. Raises ValueError where the schedule has no such noise."""
-    sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho)
+# %% ../nbs/01_schedule.ipynb #c96c9f9f
+def sigma_grid(schedule: Schedule, sigmas: Tensor) -> Tensor:
+    """The times at which sigma / alpha are `sigmas`, falling. Raises ValueError where the schedule has no such noise."""
     grid = schedule.time(-2 * sigmas.log())
     ratio = schedule.sigma(grid) / schedule.alpha(grid)
     if not torch.allclose(ratio, sigmas, rtol=1e-6):
-        raise ValueError(f"{schedule} does not reach sigma / alpha from {sigma_max} to {sigma_min}: its range is "
+        raise ValueError(f"{schedule} does not reach sigma / alpha from {sigmas[0].item():.4g} to {sigmas[-1].item():.4g}: its range is "
                          f"{schedule.sigma(0.0) / schedule.alpha(0.0):.4g} to {schedule.sigma(1.0) / max(schedule.alpha(1.0), 1e-300):.4g}")
     return check_grid(grid)
+
+
+def karras_grid(schedule: Schedule, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """`steps` + 1 times at which sigma / alpha are `karras_sigmas`. Raises ValueError where the schedule has no such noise."""
+    return sigma_grid(schedule, karras_sigmas(steps, sigma_min, sigma_max, rho))
+
+
+def index_grid(indices: Sequence[int], knots: int = 1000, clean_end: bool = True) -> Tensor:
+    """The times of a discrete model's falling `indices` in 0 … `knots` - 1, such as DMD2's 999, 749, 499, 249, and then 0 (clean) unless `clean_end` is False."""
+    if any(not 0 <= index < knots for index in indices):
+        raise ValueError(f"the indices of a model with {knots} steps are in 0 … {knots - 1}, not {list(indices)}")
+    grid = (torch.as_tensor(list(indices), dtype=torch.float64) + 1) / knots
+    return check_grid(torch.cat([grid, torch.zeros(1, dtype=torch.float64)]) if clean_end else grid)
+
+# %% ../nbs/01_schedule.ipynb #514ec287
+def lcm_grid(steps: int, original_steps: int = 50, knots: int = 1000) -> Tensor:
+    """Where latent consistency models and TCD are sampled: `steps` of the `original_steps` equally spaced indices, evenly from the noisiest down (Luo et al. 2023)."""
+    if not 1 <= steps <= original_steps:
+        raise ValueError(f"a grid of 1 to {original_steps} steps can be chosen among {original_steps}, not {steps}")
+    origin = [knots // original_steps * (k + 1) - 1 for k in range(original_steps)]
+    return index_grid([origin[::-1][k * original_steps // steps] for k in range(steps)], knots)
 
 
 def with_clean_end(grid: Tensor) -> Tensor:
@@ -236,7 +266,7 @@ def halve(grid: Tensor) -> Tensor:
         raise ValueError(f"a grid of {len(grid) - 1} steps cannot be halved")
     return grid[::2].clone()
 
-# %% ../nbs/01_schedule.ipynb #f97bcdac
+# %% ../nbs/01_schedule.ipynb #ba526571
 SCHEDULES = {cls.__name__: cls for cls in (Cosine, DiscreteVP, VarianceExploding, RectifiedFlow)}
 
 
