@@ -44,9 +44,11 @@ bench: .installed ## measure speed into runs/bench.json
 teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)
 
-reference: .installed ## make the reference results of experiments/reference anew (an hour on two cores)
+reference: .installed ## make the reference results of experiments/reference anew (two hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
 	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
+	$(call experiment,solvers,runs/reference/solvers,-p samples 256 -p amed_samples 1500 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
+	$(BIN)/python tools/keep.py runs/reference/solvers experiments/reference/solvers
 	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
@@ -69,6 +71,7 @@ endif
 .installed: pyproject.toml | $(BIN)/python
 	@echo "seeing to what ddil needs in $(VENV) (minutes, the first time)"
 	@$(install)
+	@$(install_k_diffusion)
 	@echo "$(abspath $(VENV))" > $@
 
 $(BIN)/python:
@@ -81,6 +84,10 @@ install = $(BIN)/python -m pip install --quiet --editable ".[dev]"
 else
 install = $(BIN)/python -c "$$install_dependencies"
 endif
+
+# The tests compare with k-diffusion's samplers. What it asks for (numpy<2, wandb, CLIP) would break the environment, and its samplers
+# need only torchdiffeq and torchsde, which pyproject.toml names.
+install_k_diffusion = $(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
 
 define install_dependencies
 import subprocess, sys

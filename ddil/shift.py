@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expert', 'one_step_error', 'forward_states', 'covariate_shift']
 
-# %% ../nbs/22_shift.ipynb #514801ab
+# %% ../nbs/22_shift.ipynb #25756c1a
 from collections.abc import Sequence
 
 import torch
@@ -16,15 +16,14 @@ from .denoiser import Cond, map_cond
 from .methods.progressive import ddim_target
 from .rollin import Forward
 from .states import Data, Teacher
-from .solvers import solver_by_name
 
-# %% ../nbs/22_shift.ipynb #b4aae1bb
+# %% ../nbs/22_shift.ipynb #67abb023
 def expert(teacher: Sampler, student: Sampler) -> Teacher:
     """The teacher as the expert for this student. Raises ValueError if the student's times are not every k-th of the teacher's."""
     stride, rest = divmod(teacher.steps, student.steps)
     if rest or not torch.allclose(teacher.grid[::stride], student.grid, atol=1e-12, rtol=0):
         raise ValueError(f"a student of {student.steps} steps cannot be held against this teacher of {teacher.steps}: its times must be every k-th of the teacher's")
-    return Teacher(teacher.denoiser, teacher.grid, stride, solver_by_name(teacher.solver))
+    return Teacher(teacher.denoiser, teacher.grid, stride, teacher.step)
 
 
 @torch.inference_mode()
@@ -39,7 +38,7 @@ def one_step_error(student: Sampler, states: Sequence[Tensor], landings: Sequenc
         errors.append((student.denoiser(z, t, cond) - target).square().mean())
     return torch.stack(errors).cpu()
 
-# %% ../nbs/22_shift.ipynb #d22591f9
+# %% ../nbs/22_shift.ipynb #a30c5a87
 def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple[list[Tensor], Cond]:
     """Forward-diffused data at each of the student's nodes, the same samples and noise at all of them; and their conditions."""
     parts = []
@@ -48,7 +47,7 @@ def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple
         parts.append(forward.sample(n, 0))
     return [part.z for part in parts], parts[0].cond
 
-
+# %% ../nbs/22_shift.ipynb #50f2a2a8
 def covariate_shift(student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, seed: int = 0,
                     teacher_path: Tensor | None = None) -> dict[str, Tensor]:
     """The student's one-step error at each node, on "teacher" states, on its "own", and, given `data`, on "forward" states.
