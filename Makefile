@@ -47,7 +47,7 @@ teacher: .installed ## train the teacher and its classifier anew into runs/teach
 reference: .installed ## make the reference results of experiments/reference anew (two hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
 	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
-	$(call experiment,solvers,runs/reference/solvers,-p samples 256 -p amed_samples 1500 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
+	$(call experiment,solvers,runs/reference/solvers,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
 	$(BIN)/python tools/keep.py runs/reference/solvers experiments/reference/solvers
 	$(BIN)/nbdev_clean --fname experiments
 

@@ -108,16 +108,15 @@ def between(denoiser: Denoiser, t: Time, s: Time, r: Time, like: Tensor) -> Time
     middle = here ** (1 - r) * there**r
     return time_of(denoiser.schedule, torch.where(torch.isfinite(middle), middle, here) if isinstance(middle, Tensor) else middle)
 
-# %% ../../nbs/06_steps.ipynb #c2d75b0c
+# %% ../../nbs/06_steps.ipynb #49251c1a
 def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
     """Heun's method in sigma / alpha, two evaluations; one where the walk ends at 0 (Karras et al. 2022, algorithm 1)."""
     x_hat = denoiser(z, t, cond)
     there, finite = ddim_update(denoiser, z, x_hat, t, s), finite_ends(denoiser, t, s, z)
     if finite is False:
         return there
-    slope = noise_estimate(denoiser, z, x_hat, t)
     slope_there = noise_estimate(denoiser, there, denoiser(there, s, cond), s)
-    return choose(finite, euler_update(denoiser, z, torch.lerp(slope, slope_there, 0.5), t, s), lambda: there)
+    return choose(finite, torch.lerp(there, euler_update(denoiser, z, slope_there, t, s), 0.5), lambda: there)
 
 
 def dpm_solver_2(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5) -> Tensor:
