@@ -28,12 +28,15 @@ def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
         integrals.append(sum(c / (k + 1) for k, c in enumerate(powers)))
     return integrals
 
-# %% ../../nbs/07_multistep.ipynb #58bf7696
+# %% ../../nbs/07_multistep.ipynb #6ff0babe
+def _check_steps(memory: Memory | None, order: int) -> None:
+    if memory is not None and 0 < memory.steps < order:
+        raise ValueError(f"a multistep solver of order {order} needs a grid of at least {order} steps, not {memory.steps}: take more steps or a lower order")
+
+
 def _recall(memory: Memory | None, t: Time, estimate: Tensor, order: int, lower_order_final: bool, remember: bool = True) -> list[tuple[Time, Tensor]]:
     """This and the last estimates, newest first: at most `order`, fewer at the start and, by the lower-order-final rule, towards the end."""
     memory = memory or Memory()
-    if 0 < memory.steps < order:
-        raise ValueError(f"a multistep solver of order {order} needs a grid of at least {order} steps, not {memory.steps}: take more steps or a lower order")
     known = [(t, estimate), *memory.history]
     memory.history = known[: order - 1] if remember else []
     return known[: min(order, memory.remaining) if lower_order_final and memory.remaining else order]
@@ -56,7 +59,7 @@ def _weighted(weights: Sequence[Time], known: Sequence[tuple[Time, Tensor]]) -> 
         total = combine(1.0, total, weight, estimate)
     return total
 
-# %% ../../nbs/07_multistep.ipynb #799b9a29
+# %% ../../nbs/07_multistep.ipynb #02deb656
 _EQUAL_STEPS = [lagrange_integrals([-float(i) for i in range(order)]) for order in range(1, 5)]
 
 
@@ -66,6 +69,7 @@ def adams_bashforth(
     """Explicit Adams-Bashforth in sigma / alpha, order 1 to 4, one evaluation. `variable_steps` False: the weights of equal steps on any grid (iPNDM)."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"Adams-Bashforth is here of order 1, 2, 3 or 4, not {order}")
+    _check_steps(memory, order)
     x_hat = denoiser(z, t, cond)
     here = sigma_over_alpha(denoiser, t, z)
     if here is math.inf:
@@ -107,12 +111,13 @@ def _polynomial_weights(h: Time, lambdas: Sequence[Time], exact_integral: bool) 
     both = (first * r_0 + second) / (r_0 + r_1)
     return [1 + (first + both) / r_0, -(first + both) / r_0 - both / r_1, both / r_1]
 
-# %% ../../nbs/07_multistep.ipynb #e334eead
+# %% ../../nbs/07_multistep.ipynb #61ec463a
 def _multistep(order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, memory: Memory | None, lower_order_final: bool, prediction: str,
                exact_integral: bool = False) -> Tensor:
     """DPM-Solver++, or DPM-Solver where `prediction` is "noise", of up to `order` remembered estimates."""
     if prediction not in ("data", "noise"):
         raise ValueError(f"prediction must be 'data' or 'noise', not {prediction!r}")
+    _check_steps(memory, order)
     x_hat = denoiser(z, t, cond)
     update, sign, estimate = (ddim_update, -1, x_hat) if prediction == "data" else (euler_update, 1, noise_estimate(denoiser, z, x_hat, t))
     here = _half_log_snr(denoiser, t, z)
@@ -125,14 +130,14 @@ def _multistep(order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond
     weights = _weights_at(lambdas, lambda lambdas: _polynomial_weights(h, lambdas, exact_integral))
     return choose(finite, update(denoiser, z, _weighted(weights, known), t, s), lambda: ddim_update(denoiser, z, x_hat, t, s))
 
-
+# %% ../../nbs/07_multistep.ipynb #764fa125
 def dpm_solver_pp_2m(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, lower_order_final: bool = True, prediction: str = "data"
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or DPM-Solver with `prediction` "noise". One earlier estimate lives in `memory`; without it the step is DDIM's."""
     return _multistep(2, denoiser, z, t, s, cond, memory, lower_order_final, prediction)
 
-# %% ../../nbs/07_multistep.ipynb #0bfb0a44
+
 def dpm_solver_pp_3m(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, lower_order_final: bool = True, prediction: str = "data",
     exact_integral: bool = False,
