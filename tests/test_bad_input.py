@@ -62,7 +62,7 @@ def bad_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log"}
     running = {name: subprocess.Popen(command_line("experiments/ddil.ipynb", {**parameters, "output": str(root / name)}), shell=True, cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, (parameters, _) in BAD_RUNS.items()}
-    messages = {name: process.communicate(timeout=300)[1] for name, process in running.items()}
+    messages = {name: process.communicate(timeout=900)[1] for name, process in running.items()}
     return {name: (root / name, process.returncode, messages[name]) for name, process in running.items()}
 
 

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command line as `make` would: this environment's python, this checkout's code, progress for a log."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log"}
-    return subprocess.run(command, shell=True, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, shell=True, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
 
 
 def test_bad_parameters_stop_the_run(folder: Path) -> None:

@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "PD + DDIL, batch": {"mixing": "batch"},
     "PD + DDIL, sample": {"mixing": "sample"},
 }
-DEADLINE = 120.0  # seconds until a process that does not end counts as hung
+DEADLINE = 600.0  # seconds until a process that does not end counts as hung
 
 # A server that has imported the library forks each process in milliseconds; where it cannot import it beforehand, that takes seconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
