@@ -38,7 +38,7 @@ from .solvers import SOLVERS, Solver, adams_bashforth, ddim, dpm_solver_2, dpm_s
 from .train import Trainer, make_accelerator
 
 # %% auto #0
-__all__ = ['Call', 'Turns', 'START', 'SCHEDULERS', 'SAMPLERS', 'stopwatch', 'alternate', 'Row', 'table', 'text_problem',
+__all__ = ['Call', 'Turns', 'START', 'SCHEDULERS', 'SAMPLERS', 'PARTS', 'stopwatch', 'alternate', 'Row', 'table', 'text_problem',
            'stage_trainer', 'units', 'collected_batches', 'even_seeds', 'stage_ratios', 'stage_rows', 'say',
            'network_calls', 'play_back', 'update_rows', 'Tenth', 'last', 'against_diffusers', 'k_diffusion', 'Half',
            'against_k_diffusion', 'sampling_row', 'sampling_rows', 'peak_bytes', 'walk_bytes', 'memory_row', 'measure',
@@ -318,9 +318,14 @@ def memory_row(few: int = 10, many: int = 200) -> Row:
     return Row.of(f"memory of a walk of {many} steps ÷ of {few}, the worst of {len(ratios)} solvers", [max(ratios)], 1.05)
 
 # %% ../nbs/27_bench.ipynb #85e014dc
-def measure(quick: bool = False, device: str = "cpu") -> list[Row]:
-    """All rows of the table."""
-    rows = [*sampling_rows(1 if quick else 100), memory_row(10, 20 if quick else 200)]
+PARTS = ("sampling", "training")
+
+
+def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PARTS) -> list[Row]:
+    """The rows of the table, or of some of its parts."""
+    rows = [*sampling_rows(1 if quick else 100), memory_row(10, 20 if quick else 200)] if "sampling" in parts else []
+    if "training" not in parts:
+        return rows
     digit = Recipe((16, 8), updates=20 if quick else 200)
     text = Recipe((4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off")
     for name, problem, recipe, seeds, rounds in (("digits", digits_problem(device=device), digit, 4, 100), ("15 M U-Net", text_problem(device=device), text, 2, 8)):
@@ -334,11 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(prog="python -m ddil.bench", description="Cost of training and sampling, as ratios measured in one process.")
     parser.add_argument("--output", default="runs/bench.json", help="where the rows go, as JSON")
     parser.add_argument("--quick", action="store_true", help="the smallest form of everything: the figures mean nothing")
+    parser.add_argument("--part", choices=PARTS, help="only the rows of sampling (a minute) or of training (many)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--device", default="cpu", help="where the networks are (default: cpu)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    rows = measure(given.quick, given.device)
+    rows = measure(given.quick, given.device, [given.part] if given.part else PARTS)
     print(table(rows))
     if k_diffusion() is None:
         print("\nThe rows against k-diffusion are left out, for it is not installed: `make venv` does that.")

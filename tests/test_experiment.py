@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import ROOT, processes, run_experiment
 
 from ddil.experiment import command_line
 from ddil.results import read_results
 
-ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """
 updates: int = 4
 rate: float = 1.0e-3
@@ -83,19 +83,20 @@ def test_a_result_makes_itself_anew(folder: Path) -> None:
 def test_the_solvers_experiment(tmp_path: Path) -> None:
     """Tiny, on the mixture: evaluations as counted, every kind of arm, a second run that goes on from what the first has kept."""
     parameters = {"problems": "mixture", "nfe": [2, 4, 5], "seeds": [0, 1], "samples": 40, "amed_samples": 128, "amed_nfe": [4, 5], "output": str(tmp_path)}
-    done = shell(command_line("experiments/solvers.ipynb", parameters), ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with processes(1) as pool:
+        assert not pool.submit(run_experiment, ROOT / "experiments/solvers.ipynb", parameters).result()
     rows = {(row["arm"], row["steps"]): row for row in read_results(tmp_path)["rows"] if row["metric"] == "endpoint error (mixture)"}
     assert {arm for arm, _ in rows} >= {"DDIM", "Heun", "RK4", "AMED-Solver", "AMED-Plugin", "GITS, published"} and ("consistency", 4) not in rows
     assert ("Heun", 5) not in rows and ("DDIM + AFS", 5) in rows and rows["DPM++ 2M", 5]["mean"] < rows["DDIM", 2]["mean"]
     kept = tmp_path / "passes" / "mixture-0.json"
     before = kept.stat().st_mtime_ns
-    again = shell(command_line("experiments/solvers.ipynb", {**parameters, "seeds": [0]}), ROOT)
-    assert again.returncode == 0 and kept.stat().st_mtime_ns == before
+    with processes(1) as pool:
+        assert not pool.submit(run_experiment, ROOT / "experiments/solvers.ipynb", {**parameters, "seeds": [0]}).result()
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_any_experiment_refuses_an_unknown_solver(tmp_path: Path) -> None:
     """The teacher's solver is one parameter; a wrong name is refused before anything is computed."""
-    for notebook in ("ddil", "teacher"):
-        done = shell(command_line(f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)}), ROOT)
-        assert done.returncode == 1 and "did you mean heun?" in done.stderr, done.stderr[-2000:]
+    with processes(2) as pool:
+        runs = [pool.submit(run_experiment, ROOT / f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)}) for notebook in ("ddil", "teacher")]
+        assert all("did you mean heun?" in run.result() for run in runs)

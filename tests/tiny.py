@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import PROCESSES
 from torch import Tensor
 
 from ddil import artifact, files, train
@@ -32,10 +33,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "PD + DDIL, sample": {"mixing": "sample"},
 }
 DEADLINE = 600.0  # seconds until a process that does not end counts as hung
-
-# A server that has imported the library forks each process in milliseconds; where it cannot import it beforehand, that takes seconds.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["ddil.distil"])
 
 
 def problem(**changes: Any) -> Problem:
@@ -157,7 +154,7 @@ def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_befo
     """
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)] if processes > 1 else [{}]
-    run = Run(folder, [_PROCESSES.Process(target=_run, args=(folder, changes, place, kill_before if i == rank else None, pause), daemon=True) for i, place in enumerate(places)])
+    run = Run(folder, [PROCESSES.Process(target=_run, args=(folder, changes, place, kill_before if i == rank else None, pause), daemon=True) for i, place in enumerate(places)])
     for process in run.processes:
         process.start()
     try:
