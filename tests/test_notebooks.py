@@ -35,6 +35,6 @@ def test_against_the_module(notebook: Path, runs: dict[Path, Future]) -> None:
 def test_the_readme_as_read() -> None:
     """index.ipynb runs from top to bottom as a reader runs it."""
     command = [Path(sysconfig.get_path("scripts"), "nbdev_test"), "--path", "index.ipynb"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "IN_TEST": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Success." in done.stdout, f"{done.stdout}{done.stderr}"
