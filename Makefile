@@ -44,11 +44,15 @@ bench: .installed ## measure speed into runs/bench.json
 teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)
 
-reference: .installed ## make the reference results of experiments/reference anew (two hours on two cores)
+reference: .installed ## make the reference results of experiments/reference anew (four hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
 	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
 	$(call experiment,solvers,runs/reference/solvers,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
 	$(BIN)/python tools/keep.py runs/reference/solvers experiments/reference/solvers
+	$(call experiment,trajectory_methods,runs/reference/trajectory_methods,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p digits_seeds 0$(comma)1$(comma)2)
+	$(BIN)/python tools/keep.py runs/reference/trajectory_methods experiments/reference/trajectory_methods
+	$(call experiment,sfd,runs/reference/sfd,-p seeds 0$(comma)1$(comma)2)
+	$(BIN)/python tools/keep.py runs/reference/sfd experiments/reference/sfd
 	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)

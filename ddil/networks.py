@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MLP', 'Classifier']
 
-# %% ../nbs/04_networks.ipynb #93af5ee0
+# %% ../nbs/04_networks.ipynb #a8d045ad
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-# %% ../nbs/04_networks.ipynb #09072aa1
+# %% ../nbs/04_networks.ipynb #71bbf433
 class MLP(ModelMixin, ConfigMixin):
     """A residual perceptron on points of `dim` elements, with embeddings of the time and, optionally, of a class label, added in every layer."""
 
@@ -20,13 +20,13 @@ class MLP(ModelMixin, ConfigMixin):
         super().__init__()
         self.into, self.out = nn.Linear(dim, width), nn.Linear(width, dim)
         self.sinusoids = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(64, width)
+        self.time_embedding = TimestepEmbedding(64, width)
         self.label = None if num_class_embeds is None else nn.Embedding(num_class_embeds, width)
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = False) -> tuple[Tensor]:
         """sample: (n, dim); timestep: (n,); class_labels: (n,) or None; returns a tuple of one (n, dim) tensor."""
-        embedding = self.time(self.sinusoids(timestep).to(sample.dtype))
+        embedding = self.time_embedding(self.sinusoids(timestep).to(sample.dtype))
         if self.label is not None:
             embedding = embedding + self.label(class_labels)
         hidden = self.into(sample)
@@ -34,7 +34,7 @@ class MLP(ModelMixin, ConfigMixin):
             hidden = hidden + layer(hidden + embedding)
         return (self.out(hidden),)
 
-# %% ../nbs/04_networks.ipynb #a0a14bb7
+# %% ../nbs/04_networks.ipynb #8a1d493e
 class Classifier(ModelMixin, ConfigMixin):
     """A convolutional classifier of small grey images; `features` are the activations before its last layer."""
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dis
+import faulthandler
 import importlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = ("export", "exporti", "exports")
+TIMEOUT = 1800  # seconds after which a notebook counts as hung
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["ddil.distil", "ddil.metrics", "matplotlib.pyplot", "nbdev.process", "execnb.shell", "papermill.parameterize"])
 
@@ -21,11 +24,18 @@ def processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, PROCESSES, max_tasks_per_child=1)
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, called in a process of its own."""
+    with processes(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def _shell(folder: Path) -> Any:
-    """A shell in this process, which works in `folder` with one thread."""
+    """A shell in this process, which works in `folder` with one thread. A process that hangs says where, and ends."""
     import torch
     from execnb.shell import CaptureShell
 
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     os.chdir(folder)
     os.environ |= {"IN_TEST": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DDIL_PROGRESS": "log"}
     torch.set_num_threads(1)

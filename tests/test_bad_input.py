@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from forked import ROOT, processes, run_experiment
+from forked import ROOT, alone, run_experiment
 from torch import Tensor
 
 import ddil.data
@@ -56,8 +56,7 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_an_experiment_refuses_its_parameters(name: str, tmp_path: Path) -> None:
     """Everything that is wrong is told at once with its remedy, and nothing is written."""
     parameters, told = BAD_RUNS[name]
-    with processes(1) as pool:
-        message = pool.submit(run_experiment, ROOT / "experiments/ddil.ipynb", {**parameters, "output": str(tmp_path / "out")}).result()
+    message = alone(run_experiment, ROOT / "experiments/ddil.ipynb", {**parameters, "output": str(tmp_path / "out")})
     message = re.sub(r"\x1b\[[\d;]*m", "", message)
     for text in told:
         assert text in message, f"{text!r} is not in\n{message}"

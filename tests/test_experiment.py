@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import ROOT, processes, run_experiment
+from forked import ROOT, alone, run_experiment
 
 from ddil.experiment import command_line
 from ddil.results import read_results
@@ -83,20 +83,42 @@ def test_a_result_makes_itself_anew(folder: Path) -> None:
 def test_the_solvers_experiment(tmp_path: Path) -> None:
     """Tiny, on the mixture: evaluations as counted, every kind of arm, a second run that goes on from what the first has kept."""
     parameters = {"problems": "mixture", "nfe": [2, 4, 5], "seeds": [0, 1], "samples": 40, "amed_samples": 128, "amed_nfe": [4, 5], "output": str(tmp_path)}
-    with processes(1) as pool:
-        assert not pool.submit(run_experiment, ROOT / "experiments/solvers.ipynb", parameters).result()
+    assert not alone(run_experiment, ROOT / "experiments/solvers.ipynb", parameters)
     rows = {(row["arm"], row["steps"]): row for row in read_results(tmp_path)["rows"] if row["metric"] == "endpoint error (mixture)"}
     assert {arm for arm, _ in rows} >= {"DDIM", "Heun", "RK4", "AMED-Solver", "AMED-Plugin", "GITS, published"} and ("consistency", 4) not in rows
     assert ("Heun", 5) not in rows and ("DDIM + AFS", 5) in rows and rows["DPM++ 2M", 5]["mean"] < rows["DDIM", 2]["mean"]
     kept = tmp_path / "passes" / "mixture-0.json"
     before = kept.stat().st_mtime_ns
-    with processes(1) as pool:
-        assert not pool.submit(run_experiment, ROOT / "experiments/solvers.ipynb", {**parameters, "seeds": [0]}).result()
+    assert not alone(run_experiment, ROOT / "experiments/solvers.ipynb", {**parameters, "seeds": [0]})
     assert kept.stat().st_mtime_ns == before
+
+
+def test_the_experiment_with_every_method(tmp_path: Path) -> None:
+    """Tiny, on the mixture: methods of every kind, DDIL beside them where there can be; a second run makes nothing again; an unknown method is refused."""
+    parameters = {"problems": "mixture", "steps": [1, 2, 4], "seeds": [0, 1], "samples": 40, "budget": 2000, "batch": 16, "methods": "naive, progressive, consistency, walks", "output": str(tmp_path)}
+    assert not alone(run_experiment, ROOT / "experiments/trajectory_methods.ipynb", parameters)
+    rows = {(row["arm"], row["steps"], row["metric"]): row for row in read_results(tmp_path)["rows"]}
+    arms = {"teacher", "not distilled", "naive", *(f"{prefix}{name}{ddil}" for name in ("progressive", "consistency", "walks") for prefix, ddil in (("", ""), ("", " + DDIL"), ("difference, ", f" + DDIL − {name}")))}
+    assert {arm for arm, *_ in rows} == arms
+    assert all(row["n"] == 2 for row in rows.values()) and ("naive", 2, "endpoint error (mixture)") not in rows and ("consistency", 4, "endpoint error (mixture)") not in rows
+    assert rows["teacher", 4, "endpoint error (mixture)"]["mean"] < rows["teacher", 1, "endpoint error (mixture)"]["mean"]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
+    assert len(kept) == 8
+    assert not alone(run_experiment, ROOT / "experiments/trajectory_methods.ipynb", {**parameters, "seeds": [0]})
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
+    assert "did you mean consistency?" in alone(run_experiment, ROOT / "experiments/trajectory_methods.ipynb", {**parameters, "methods": "consistancy"})
+
+
+def test_the_experiment_on_sfd(tmp_path: Path) -> None:
+    """Tiny: two evaluations in every row of the ablation, one in the second stage, every labeller, and the verdict on time."""
+    parameters = {"updates": 2, "batch": 4, "seeds": [0], "samples": 40, "lengths": [1, 2], "stage_updates": 1, "output": str(tmp_path)}
+    assert not alone(run_experiment, ROOT / "experiments/sfd.ipynb", parameters)
+    rows = {(row["arm"], row["steps"], row["metric"]): row for row in read_results(tmp_path)["rows"]}
+    assert {("vanilla, Heun", 2), ("… both, L1", 2), ("SFD-v, at 1 its second stage", 1), ("SFD", 5), ("DAgger", 3), ("progressive distillation", 2)} <= {(arm, steps) for arm, steps, _ in rows}
+    assert len({row["mean"] for (arm, _, metric), row in rows.items() if metric == "endpoint error (ablation)"}) == 13
 
 
 def test_any_experiment_refuses_an_unknown_solver(tmp_path: Path) -> None:
     """The teacher's solver is one parameter; a wrong name is refused before anything is computed."""
-    with processes(2) as pool:
-        runs = [pool.submit(run_experiment, ROOT / f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)}) for notebook in ("ddil", "teacher")]
-        assert all("did you mean heun?" in run.result() for run in runs)
+    for notebook in ("ddil", "teacher"):
+        assert "did you mean heun?" in alone(run_experiment, ROOT / f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)})

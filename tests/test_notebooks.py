@@ -13,7 +13,6 @@ import pytest
 from forked import ROOT, processes, run_against_module
 
 NOTEBOOKS = sorted(path for path in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-TIMEOUT = 900  # seconds
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future]]:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_against_the_module(notebook: Path, runs: dict[Path, Future]) -> None:
     """The checks in the notebook hold for the module that users import."""
-    traceback = runs[notebook].result(TIMEOUT)
+    traceback = runs[notebook].result()
     assert not traceback, f"fails against the exported module (after an edit: `make export`):\n{traceback}"
 
 

@@ -140,7 +140,7 @@ class Run:
         return "\n".join(path.read_text() for path in sorted(self.folder.parent.glob(f"{self.folder.name}-output-*")))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
@@ -152,7 +152,7 @@ def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_befo
 
     kill_before: where process `rank` is killed; pause: seconds before each update.
     """
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)] if processes > 1 else [{}]
     run = Run(folder, [PROCESSES.Process(target=_run, args=(folder, changes, place, kill_before if i == rank else None, pause), daemon=True) for i, place in enumerate(places)])
     for process in run.processes:
@@ -225,5 +225,5 @@ def edited(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) ->
     return copy
 
 
-__all__ = ["ARMS", "CHECKPOINT_EVERY", "KILL_POINTS", "OPTIONS", "Run", "Sampler", "assert_same", "described", "edited", "largest_difference", "lines", "problem", "progress_of",
+__all__ = ["ARMS", "CHECKPOINT_EVERY", "KILL_POINTS", "OPTIONS", "Run", "Sampler", "assert_same", "described", "edited", "free_port", "largest_difference", "lines", "problem", "progress_of",
            "recipe", "stages", "started", "trained", "weights"]

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['ddim_target', 'Progressive', 'Stage', 'halvings']
 
-# %% ../../nbs/16_progressive.ipynb #0f676a0d
+# %% ../../nbs/16_progressive.ipynb #75fbedec
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..denoiser import coefficients, combine
-from .base import Method, student_schedule, weighted_error, weighting_by_name
+from .base import Method, bare, weighted_error, weighting_by_name
 from ..states import States, Teacher
 from ..schedule import Schedule, Time
 
-# %% ../../nbs/16_progressive.ipynb #6a055496
+# %% ../../nbs/16_progressive.ipynb #ef87df4f
 def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) -> Tensor:
     """The clean estimate for which one DDIM step from (z, t) lands on z_s at s (Salimans & Ho 2022, algorithm 2). At s = 0 that is z_s itself."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, z), coefficients(schedule, s, z)
@@ -24,7 +24,7 @@ def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) ->
     gap = alpha_s - keep * alpha_t
     return combine(1 / gap, z_s, -keep / gap, z)
 
-# %% ../../nbs/16_progressive.ipynb #cec316d9
+# %% ../../nbs/16_progressive.ipynb #937dcc1b
 class Progressive(Method):
     """Progressive distillation: the student's step equals the teacher's `stride` steps (Salimans & Ho 2022). The weighting is a name in WEIGHTINGS."""
 
@@ -40,12 +40,12 @@ class Progressive(Method):
 
     def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         target = self.target(states)
-        weight = self._weight(student_schedule(student).log_snr(states.t))
+        weight = self._weight(bare(student).schedule.log_snr(states.t))
         x_hat = student(states.z, states.t, states.cond)
         errors = weighted_error(x_hat, target, weight)
         return errors.mean(), {"squared error of x": (x_hat.detach() - target).square().mean()}
 
-# %% ../../nbs/16_progressive.ipynb #af6160cc
+# %% ../../nbs/16_progressive.ipynb #6350f65c
 @dataclass(frozen=True)
 class Stage:
     """One halving: a teacher of `teacher_steps` makes a student of `student_steps`."""

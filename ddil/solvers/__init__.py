@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ODE_SOLVERS', 'STOCHASTIC_SOLVERS', 'SOLVERS', 'solver_by_name', 'sample', 'AnalyticFirstStep', 'Memory', 'Solver',
-           'walk', 'renoise', 'ddim_update', 'euler_update', 'noise_estimate', 'ddim', 'heun', 'dpm_solver_2',
-           'dpm_solver_pp_2s', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'adams_bashforth', 'rk4', 'ancestral',
-           'consistency', 'ctm', 'tcd']
+           'walk', 'renoise', 'ddim_update', 'euler_update', 'noise_estimate', 'estimate', 'ddim', 'heun',
+           'dpm_solver_2', 'dpm_solver_pp_2s', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'adams_bashforth', 'rk4',
+           'ancestral', 'consistency', 'ctm', 'tcd']
 
-# %% ../../nbs/09_solvers.ipynb #625dd565
+# %% ../../nbs/09_solvers.ipynb #25f56436
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,11 +22,11 @@ from ..denoiser import Cond, Denoiser, innermost, map_cond
 from ..noise import sample_noise
 from ..schedule import check_grid
 from .multistep import adams_bashforth, dpm_solver_pp_2m, dpm_solver_pp_3m
-from .steps import AnalyticFirstStep, Memory, Solver, ddim, ddim_update, dpm_solver_2, dpm_solver_pp_2s, euler_update, heun, noise_estimate, rk4, walk
+from .steps import AnalyticFirstStep, Memory, Solver, ddim, ddim_update, dpm_solver_2, dpm_solver_pp_2s, estimate, euler_update, heun, noise_estimate, rk4, walk
 from .stochastic import ancestral, consistency, ctm, renoise, tcd
 
-# %% ../../nbs/09_solvers.ipynb #93ea4e8d
-_all_ = ["AnalyticFirstStep", "Memory", "Solver", "walk", "renoise", "ddim_update", "euler_update", "noise_estimate", "ddim", "heun", "dpm_solver_2", "dpm_solver_pp_2s",
+# %% ../../nbs/09_solvers.ipynb #14ba30cb
+_all_ = ["AnalyticFirstStep", "Memory", "Solver", "walk", "renoise", "ddim_update", "euler_update", "noise_estimate", "estimate", "ddim", "heun", "dpm_solver_2", "dpm_solver_pp_2s",
          "dpm_solver_pp_2m", "dpm_solver_pp_3m", "adams_bashforth", "rk4", "ancestral", "consistency", "ctm", "tcd"]
 
 ODE_SOLVERS: dict[str, Solver] = {solver.__name__: solver for solver in

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'jump_costs', 'cheapest_path', 'trajectory_costs', 'search_grid']
 
-# %% ../../nbs/12_gits.ipynb #dc01df70
+# %% ../../nbs/12_gits.ipynb #89239f93
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Cond, Denoiser, coefficients, map_cond
 from ..noise import sample_noise
-from ..schedule import check_grid, karras_grid
+from ..schedule import check_grid
 from . import Memory, Solver, adams_bashforth, noise_estimate
 from .steps import sigma_over_alpha
 
-# %% ../../nbs/12_gits.ipynb #c31f96da
+# %% ../../nbs/12_gits.ipynb #8c5df078
 METRICS = ("deviation", "l2", "l1")
 
 
@@ -43,7 +43,7 @@ def _known_walk(denoiser: Denoiser, z: Tensor, stops: Sequence[float], cond: Con
     scaled = [state.flatten(1) / coefficients(denoiser.schedule, t, state)[0] for t, state in zip(stops, states)]
     return torch.stack(scaled), torch.stack([slope.flatten(1) for slope in slopes])
 
-# %% ../../nbs/12_gits.ipynb #7c1bb9fb
+# %% ../../nbs/12_gits.ipynb #82b8bef9
 def jump_costs(states: Tensor, slopes: Tensor, sigmas: Tensor, metric: str = "deviation") -> Tensor:
     """(N + 1, N + 1) mean cost of an Euler jump from node i to node j > i (infinite elsewhere). states: (N + 1, n, d) at `sigmas`; slopes: (N, n, d)."""
     if metric not in METRICS:
@@ -64,7 +64,7 @@ def jump_costs(states: Tensor, slopes: Tensor, sigmas: Tensor, metric: str = "de
         costs[i, i + 1 :] = cost.double().mean(1)
     return costs
 
-# %% ../../nbs/12_gits.ipynb #a246527d
+# %% ../../nbs/12_gits.ipynb #72e2feb9
 def cheapest_path(costs: Tensor, jumps: int, coefficient: float = 1.15) -> list[int]:
     """The nodes, first to last, of the cheapest path of `jumps` jumps; the k-th jump's cost counts coefficient^k (Chen et al. 2024, algorithm 1)."""
     last = len(costs) - 1
@@ -82,7 +82,7 @@ def cheapest_path(costs: Tensor, jumps: int, coefficient: float = 1.15) -> list[
         path.append(int(best[path[-1]]))
     return [*path, last]
 
-# %% ../../nbs/12_gits.ipynb #4e3ac78a
+# %% ../../nbs/12_gits.ipynb #13597b95
 def trajectory_costs(
     denoiser: Denoiser,
     shape: Sequence[int],
@@ -115,7 +115,7 @@ def trajectory_costs(
             total = total + jump_costs(*_known_walk(denoiser, z, stops, part, solver), sigmas.to(z.device), metric) * (len(ids) / trajectories)
     return total
 
-# %% ../../nbs/12_gits.ipynb #2ea3bcae
+# %% ../../nbs/12_gits.ipynb #8be01f1a
 def search_grid(
     denoiser: Denoiser, shape: Sequence[int], steps: int, fine: Tensor, cond: Cond = None, *, coefficient: float = 1.15, costs: Tensor | None = None, **options: Any
 ) -> Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ancestral', 'renoise', 'consistency', 'ctm', 'tcd']
 
-# %% ../../nbs/08_stochastic.ipynb #e0ff74ad
+# %% ../../nbs/08_stochastic.ipynb #1fe8af37
 import math
 
 from torch import Tensor
@@ -13,7 +13,7 @@ import torch
 
 from ..denoiser import Cond, Denoiser, coefficients, combine, innermost, times
 from ..schedule import Schedule, Time
-from .steps import Memory, Solver, ddim, sigma_over_alpha, time_of
+from .steps import Memory, Solver, ddim, estimate, sigma_over_alpha, time_of
 
 # %% ../../nbs/08_stochastic.ipynb #7f29f653
 def ancestral(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, gamma: float = 0.0) -> Tensor:
@@ -35,7 +35,7 @@ def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], not {value}")
 
-# %% ../../nbs/08_stochastic.ipynb #ab696e52
+# %% ../../nbs/08_stochastic.ipynb #c725d460
 def renoise(denoiser: Denoiser, z: Tensor, t: Time, s: Time, noise: Tensor) -> Tensor:
     """Forward diffusion from `t` to the noisier `s`."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(denoiser.schedule, t, z), coefficients(denoiser.schedule, s, z)
@@ -50,7 +50,7 @@ def _is_last(s: Time, memory: Memory) -> bool:
 
 def consistency(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, t_min: float = 0.0) -> Tensor:
     """Estimate, then noise the estimate, a state at `t_min`, to `s`; at the last step no noise is added (Song et al. 2023, algorithm 1)."""
-    memory, x_hat = memory or Memory(), denoiser(z, t, cond)
+    memory, x_hat = memory or Memory(), estimate(denoiser, z, t, t_min, cond)
     if not _is_last(s, memory):
         return renoise(denoiser, x_hat, t_min, s, memory.noise(z))
     alpha_min, alpha_s = coefficients(denoiser.schedule, t_min, z)[0], coefficients(denoiser.schedule, s, z)[0]
