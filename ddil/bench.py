@@ -240,7 +240,7 @@ def against_calls(method: str, name: str, trainer: Trainer, rounds: int) -> list
     return [Row.of(f"{method} update ÷ its network evaluations, {name}", seconds["update"] / seconds["bare"], 1.05),
             Row.of(f"{method} update ÷ these with an AdamW step, {name}", seconds["update"] / seconds["step"], 1.05)]
 
-# %% ../nbs/31_bench.ipynb #4b17ff2d
+# %% ../nbs/31_bench.ipynb #9627ceec
 TRAJECTORY: dict[str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]] = {  # name: further inputs of the student, and what it is asked
     "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), Follower(student, 0.95))),
     "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
@@ -262,9 +262,9 @@ def method_trainer(name: str, problem: Problem, batch: int = 64) -> Trainer:
     return Trainer(student, ask(teacher, student), rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
 
-def method_rows(problem: Problem, rounds: int, batch: int = 64) -> list[Row]:
+def method_rows(name: str, problem: Problem, rounds: int, batch: int = 64) -> list[Row]:
     """The update of each trajectory method ÷ the network calls in it."""
-    return [row for name in (*TRAJECTORY, "SFD") for row in against_calls(name, "digits", method_trainer(name, problem, batch), rounds)]
+    return [row for method in (*TRAJECTORY, "SFD") for row in against_calls(method, name, method_trainer(method, problem, batch), rounds)]
 
 # %% ../nbs/31_bench.ipynb #5a6ddbfe
 class Tenth(NetworkDenoiser):
@@ -372,7 +372,7 @@ def memory_row(few: int = 10, many: int = 200) -> Row:
     ratios = [walk_bytes(solver, many) / walk_bytes(solver, few) for solver in SOLVERS.values()]
     return Row.of(f"memory of a walk of {many} steps ÷ of {few}, the worst of {len(ratios)} solvers", [max(ratios)], 1.05)
 
-# %% ../nbs/31_bench.ipynb #c3237579
+# %% ../nbs/31_bench.ipynb #f143a75d
 PARTS = ("sampling", "training", "methods")
 
 
@@ -380,7 +380,8 @@ def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PAR
     """The rows of the table, or of some of its parts."""
     rows = [*sampling_rows(1 if quick else 100), memory_row(10, 20 if quick else 200)] if "sampling" in parts else []
     if "methods" in parts:
-        rows += method_rows(digits_problem(device=device), 1 if quick else 60, 8 if quick else 64)
+        for name, problem, rounds, batch in (("digits", digits_problem(device=device), 60, 64), ("15 M U-Net", text_problem(device=device), 8, 8)):
+            rows += method_rows(name, problem, *((1, 2) if quick else (rounds, batch)))
     if "training" not in parts:
         return rows
     digit = Recipe((16, 8), updates=20 if quick else 200)

@@ -116,6 +116,9 @@ def test_the_experiment_on_sfd(tmp_path: Path) -> None:
     rows = {(row["arm"], row["steps"], row["metric"]): row for row in read_results(tmp_path)["rows"]}
     assert {("vanilla, Heun", 2), ("… both, L1", 2), ("SFD-v, at 1 its second stage", 1), ("SFD", 5), ("DAgger", 3), ("progressive distillation", 2)} <= {(arm, steps) for arm, steps, _ in rows}
     assert len({row["mean"] for (arm, _, metric), row in rows.items() if metric == "endpoint error (ablation)"}) == 13
+    cost = {(arm, metric.split("(")[1]): row["mean"] for (arm, _, metric), row in rows.items() if metric.startswith("evaluations")}
+    assert cost["SFD, 1 updates", "time)"] == 4 * (16 * 2 + 1) and cost["SFD, 2 updates", "time)"] == 4 * (16 * 2 + 2), "training alone is counted, by hand: the guided teacher's walk, and the student"
+    assert cost["SFD", "labels)"] == cost["forward", "labels)"] == 4 * 6 * (4 + 1)
 
 
 def test_any_experiment_refuses_an_unknown_solver(tmp_path: Path) -> None:
