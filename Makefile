@@ -51,7 +51,7 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(BIN)/python tools/keep.py runs/reference/solvers experiments/reference/solvers
 	$(call experiment,trajectory_methods,runs/reference/trajectory_methods,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p digits_seeds 0$(comma)1$(comma)2)
 	$(BIN)/python tools/keep.py runs/reference/trajectory_methods experiments/reference/trajectory_methods
-	$(call experiment,sfd,runs/reference/sfd,-p seeds 0$(comma)1$(comma)2)
+	$(call experiment,sfd,runs/reference/sfd,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
 	$(BIN)/python tools/keep.py runs/reference/sfd experiments/reference/sfd
 	$(BIN)/nbdev_clean --fname experiments
 
