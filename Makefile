@@ -44,7 +44,7 @@ bench: .installed ## measure speed into runs/bench.json
 teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)
 
-reference: .installed ## make the reference results of experiments/reference anew (four hours on two cores)
+reference: .installed ## make the reference results of experiments/reference anew (eight hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
 	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
 	$(call experiment,solvers,runs/reference/solvers,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
@@ -53,6 +53,16 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(BIN)/python tools/keep.py runs/reference/trajectory_methods experiments/reference/trajectory_methods
 	$(call experiment,sfd,runs/reference/sfd,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
 	$(BIN)/python tools/keep.py runs/reference/sfd experiments/reference/sfd
+	$(call experiment,trajectory_methods,runs/reference/declared,-p problems digits -p methods 'latent consistency$(comma)progressive$(comma)CTM' -p seeds 10$(comma)11$(comma)12$(comma)13$(comma)14$(comma)15$(comma)16$(comma)17)
+	$(BIN)/python tools/keep.py runs/reference/declared experiments/reference/declared
+	$(call experiment,trajectory_methods,runs/reference/declared-teacher,-p problems digits -p methods 'latent consistency' -p seeds 10$(comma)11$(comma)12$(comma)13$(comma)14$(comma)15$(comma)16$(comma)17 -y 'beta: [0.0$(comma) 0.0]')
+	$(BIN)/python tools/keep.py runs/reference/declared-teacher experiments/reference/declared-teacher
+	$(call experiment,priors,runs/reference/priors,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
+	$(BIN)/python tools/keep.py runs/reference/priors experiments/reference/priors
+	$(call experiment,covariate_shift,runs/reference/covariate_shift,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
+	$(BIN)/python tools/keep.py runs/reference/covariate_shift experiments/reference/covariate_shift
+	$(call experiment,compare,runs/reference/compare,-p budgets 15000$(comma)45000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p also experiments/reference/trajectory_methods)
+	$(BIN)/python tools/keep.py runs/reference/compare experiments/reference/compare
 	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)

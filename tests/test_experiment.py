@@ -125,3 +125,42 @@ def test_any_experiment_refuses_an_unknown_solver(tmp_path: Path) -> None:
     """The teacher's solver is one parameter; a wrong name is refused before anything is computed."""
     for notebook in ("ddil", "teacher"):
         assert "did you mean heun?" in alone(run_experiment, ROOT / f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)})
+
+
+def test_the_laboratory(tmp_path: Path) -> None:
+    """Tiny, on the atoms: the published tables with both ends, ends that agree, and an exact divergence."""
+    parameters = {"problems": "atoms", "stages": [4, 2], "atoms_updates": 8, "batch": 8, "seeds": [0, 1], "samples": 40, "density_samples": 2, "output": str(tmp_path)}
+    assert not alone(run_experiment, ROOT / "experiments/covariate_shift.ipynb", parameters)
+    rows = {(row["arm"], row["metric"].removesuffix(" (atoms)")): row for row in read_results(tmp_path)["rows"]}
+    apart = "distance to the teacher's sample"
+    assert rows["PD, p_T = 1", apart]["mean"] < 1e-5 < rows["PD, p_T = 0.4", apart]["mean"] < rows["PD, p_T = 0", apart]["mean"]
+    assert rows["PD, p_T = 1", "share near a digit"]["mean"] > .9 and ("PD + DDIL, student until t = 0.5", "mode KL") in rows
+    assert rows["PD", "KL from noised data at t = 0.5, nats"]["mean"] > 0 and rows["difference, PD + DDIL − PD", "one-step error, own states"]["n"] == 2
+    assert {path.name for path in tmp_path.glob("*.png")} == {"report-atoms-pd.png", "report-atoms-pd-ddil.png", "strip-atoms.png", "shift.png"}
+
+
+def test_the_ablation(tmp_path: Path) -> None:
+    """Tiny: arms that differ in one thing, budgets that are kept, runs that are not made twice, a family that is not there."""
+    parameters = {"families": "priors, steps", "budget": 2000, "batch": 16, "width": 8, "seeds": [0, 1], "samples": 40, "declared": "nowhere", "output": str(tmp_path)}
+    assert not alone(run_experiment, ROOT / "experiments/priors.ipynb", parameters)
+    rows = {(row["arm"], row["metric"]): row for row in read_results(tmp_path)["rows"]}
+    assert {arm for arm, _ in rows} >= {"teacher", "priors: forward", "priors: student alone", "steps: + both, 4 steps", "difference, priors: + student − forward", "difference, steps: + both, 2 steps − forward, 2 steps"}
+    assert rows["priors: forward", "updates"]["mean"] < rows["priors: student alone", "updates"]["mean"], "stored labels are not paid for twice"
+    assert all(abs(row["mean"] / 2000 - 1) < .25 for (_, metric), row in rows.items() if metric == "evaluations of training")
+    assert rows["priors: + both", "mode KL"]["mean"] == rows["steps: + both, 8 steps", "mode KL"]["mean"]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
+    assert len(kept) == 2 * 9
+    assert not alone(run_experiment, ROOT / "experiments/priors.ipynb", {**parameters, "seeds": [0]})
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
+    assert "did you mean priors?" in alone(run_experiment, ROOT / "experiments/priors.ipynb", {**parameters, "families": "prior"})
+
+
+def test_the_comparison(tmp_path: Path) -> None:
+    """Tiny: two budgets by runs of the other experiment, and a third from its stored results; other samples are refused."""
+    parameters = {"problem": "mixture", "budgets": [1000], "methods": "progressive, consistency", "steps": [1, 2], "seeds": [0, 1], "samples": 40, "output": str(tmp_path / "first")}
+    assert not alone(run_experiment, ROOT / "experiments/compare.ipynb", parameters)
+    again = {**parameters, "budgets": [2000], "also": str(tmp_path / "first" / "budget-1000"), "output": str(tmp_path / "second")}
+    assert not alone(run_experiment, ROOT / "experiments/compare.ipynb", again)
+    metrics = {row["metric"] for row in read_results(tmp_path / "second")["rows"]}
+    assert {f"Fréchet to data, budget {budget} (mixture)" for budget in (1000, 2000)} <= metrics
+    assert "-p samples 40" in alone(run_experiment, ROOT / "experiments/compare.ipynb", {**again, "samples": 50})
