@@ -264,14 +264,16 @@ class ClassDenoiser(NetworkDenoiser):
         null = torch.full_like(plain, self.num_classes)
         return with_inputs(null, **further) if further else null
 
-# %% ../nbs/03_denoiser.ipynb #e410a7a0
+# %% ../nbs/03_denoiser.ipynb #3d3a7c13
 class TextDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DConditionModel`; cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds
-    ("text_embeds", "time_ids"). `null_embedding`: (tokens, width), the embedding of the empty prompt, needed for guidance."""
+    ("text_embeds", "time_ids"). For guidance: `null_embedding`, (tokens, width), and SDXL's pooled `null_text_embeds`, (width,), of no prompt."""
 
-    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "eps", null_embedding: Tensor | None = None, knots: int = 1000, inputs: Sequence[str] = ()):
+    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "eps", null_embedding: Tensor | None = None, knots: int = 1000, inputs: Sequence[str] = (),
+                 null_text_embeds: Tensor | None = None):
         super().__init__(network, schedule, prediction, knots, inputs)
         self.register_buffer("null_embedding", null_embedding)
+        self.register_buffer("null_text_embeds", null_text_embeds)
 
     def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:
         self.check_condition(cond, len(z))
@@ -281,15 +283,20 @@ class TextDenoiser(NetworkDenoiser):
         return self.network(z, index, encoder_hidden_states=embeddings, added_cond_kwargs=parts or None, return_dict=False)[0]
 
     def check_condition(self, cond: Cond, n: int) -> None:
-        embeddings = cond.get("embeddings") if isinstance(cond, dict) else cond
+        plain = split_inputs(cond)[0]
+        embeddings = plain.get("embeddings") if isinstance(plain, dict) else plain
         if embeddings is None or embeddings.ndim != 3 or len(embeddings) != n:
             raise ValueError(f"the condition must hold text embeddings of shape ({n}, tokens, width)")
 
     def null_condition(self, cond: Cond) -> Cond:
         plain, further = split_inputs(cond)
-        if self.null_embedding is None or not isinstance(plain, Tensor):
+        pooled = isinstance(plain, dict)
+        if self.null_embedding is None or plain is None or (pooled and self.null_text_embeds is None):
             return super().null_condition(plain)
-        null = self.null_embedding.to(plain.dtype).expand(len(plain), -1, -1)
+        like = plain["embeddings"] if pooled else plain
+        null = self.null_embedding.to(like.dtype).expand(len(like), -1, -1)
+        if pooled:  # size and crop are no part of the prompt: they stay
+            null = {**plain, "embeddings": null, "text_embeds": self.null_text_embeds.to(like.dtype).expand(len(like), -1)}
         return with_inputs(null, **further) if further else null
 
 # %% ../nbs/03_denoiser.ipynb #02d79282

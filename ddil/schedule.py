@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Time', 'SCHEDULES', 'Schedule', 'VariancePreserving', 'Cosine', 'DiscreteVP', 'VarianceExploding', 'RectifiedFlow',
            'check_grid', 'uniform_grid', 'log_snr_grid', 'time_uniform_sigmas', 'karras_sigmas', 'sigma_grid',
-           'karras_grid', 'index_grid', 'lcm_grid', 'with_clean_end', 'halve', 'schedule_to_dict', 'schedule_from_dict']
+           'karras_grid', 'index_grid', 'lcm_grid', 'trailing_grid', 'with_clean_end', 'halve', 'schedule_to_dict',
+           'schedule_from_dict']
 
-# %% ../nbs/01_schedule.ipynb #c5705eb1
+# %% ../nbs/01_schedule.ipynb #08ac324a
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -245,13 +247,20 @@ def index_grid(indices: Sequence[int], knots: int = 1000, clean_end: bool = True
     grid = (torch.as_tensor(list(indices), dtype=torch.float64) + 1) / knots
     return check_grid(torch.cat([grid, torch.zeros(1, dtype=torch.float64)]) if clean_end else grid)
 
-# %% ../nbs/01_schedule.ipynb #514ec287
+# %% ../nbs/01_schedule.ipynb #ecba38a3
 def lcm_grid(steps: int, original_steps: int = 50, knots: int = 1000) -> Tensor:
     """Where latent consistency models and TCD are sampled: `steps` of the `original_steps` equally spaced indices, evenly from the noisiest down (Luo et al. 2023)."""
     if not 1 <= steps <= original_steps:
         raise ValueError(f"a grid of 1 to {original_steps} steps can be chosen among {original_steps}, not {steps}")
     origin = [knots // original_steps * (k + 1) - 1 for k in range(original_steps)]
     return index_grid([origin[::-1][k * original_steps // steps] for k in range(steps)], knots)
+
+
+def trailing_grid(steps: int, knots: int = 1000) -> Tensor:
+    """`uniform_grid` on whole indices of a discrete model, as diffusers spaces them "trailing": halving the steps still keeps every second time."""
+    if not 1 <= steps <= knots:
+        raise ValueError(f"a model with {knots} steps is walked in 1 to {knots}, not {steps}")
+    return index_grid((np.round(np.arange(steps, 0, -1) * (knots / steps)) - 1).astype(int).tolist(), knots)
 
 
 def with_clean_end(grid: Tensor) -> Tensor:
