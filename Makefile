@@ -9,10 +9,10 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench teacher reference clean
+.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .installed ## make the environment, or bring it up to date with pyproject.toml
 
@@ -41,8 +41,18 @@ bench: .installed ## measure speed into runs/bench.json
 	mkdir -p runs
 	$(BIN)/python -m ddil.bench --output runs/bench.json
 
+bench-gpu: .installed ## measure a Stable-Diffusion-sized U-Net on a GPU into runs/bench-gpu.json
+	mkdir -p runs
+	$(BIN)/python -m ddil.bench_gpu --output runs/bench-gpu.json
+
 teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)
+
+scenes: .installed ## train the text-to-image model of captioned scenes anew into runs/scenes (an hour)
+	$(call experiment,scenes,runs/scenes)
+
+text2image: .installed ## distil the scenes model by every method into runs/text2image (another model: make text2image ARGS="-p preset sd15-coco -p model …")
+	$(call experiment,text2image,runs/text2image,$(ARGS))
 
 reference: .installed ## make the reference results of experiments/reference anew (eight hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
@@ -63,6 +73,8 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(BIN)/python tools/keep.py runs/reference/covariate_shift experiments/reference/covariate_shift
 	$(call experiment,compare,runs/reference/compare,-p budgets 15000$(comma)45000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p also experiments/reference/trajectory_methods)
 	$(BIN)/python tools/keep.py runs/reference/compare experiments/reference/compare
+	$(call experiment,text2image,runs/reference/text2image,-p seeds 0$(comma)1$(comma)2)
+	$(BIN)/python tools/keep.py runs/reference/text2image experiments/reference/text2image
 	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)

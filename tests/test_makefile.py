@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "teacher", "reference", "clean"}
+TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "bench-gpu", "teacher", "scenes", "text2image", "reference", "clean"}
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_help_lists_every_target() -> None:
     """`make` alone prints every target with a line about it."""
     done = make()
     assert done.returncode == 0, done.stderr
-    assert set(re.findall(r"^  make (\w+) +\S", done.stdout, re.M)) == TARGETS
+    assert set(re.findall(r"^  make ([\w-]+) +\S", done.stdout, re.M)) == TARGETS
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))

@@ -87,7 +87,7 @@ def time_ids(n: int, size: int, original: Sequence[tuple[int, int]] | None = Non
     rows = [[*(original[i] if original else (size, size)), *(crop[i] if crop else (0, 0)), size, size] for i in range(n)]
     return torch.tensor(rows, dtype=torch.float32)
 
-# %% ../../nbs/41_pipeline.ipynb #78290515
+# %% ../../nbs/41_pipeline.ipynb #66e1550e
 @dataclass
 class TextToImage:
     """The parts of a text-to-image model. `scheduler`: the configuration of its scheduler; one tokenizer and text encoder (Stable Diffusion), two (SDXL) or none (a bare U-Net)."""
@@ -115,6 +115,11 @@ class TextToImage:
         Raises FileNotFoundError or ValueError that names what is missing or unknown, and the remedy.
         """
         return _Reader(Path(path) if Path(path).is_dir() else str(path), revision, dtype, device).read()
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the last part of the folder's path."""
+        return Path(self.source).name if Path(self.source).is_dir() else self.source or "a text-to-image model"
 
     @property
     def kind(self) -> str:
@@ -362,7 +367,7 @@ def _thresholding(sampler: Sampler) -> dict:
         return {"clip_sample": True, "clip_sample_range": threshold.bound}
     raise ValueError("diffusers knows dynamic thresholding to a bound of 1 only: export a student without it")
 
-# %% ../../nbs/41_pipeline.ipynb #b3dc9b78
+# %% ../../nbs/41_pipeline.ipynb #dda8c631
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -393,7 +398,7 @@ def write_card(folder: Path, sampler: Sampler, scheduler: SchedulerMixin, base: 
     """Write README.md, the card, into `folder`."""
     distilled = innermost(sampler.denoiser).guidance_distilled
     why = "the student has learnt the guided teacher, and guiding it again would apply guidance twice." if distilled else "the student imitates an unguided teacher; guide it as you would guide that one."
-    text = CARD.format(base=base.source or "a text-to-image model", steps=sampler.steps, guidance=1.0 if distilled else "…", why=why, code=code, timesteps=[int(i) for i in scheduler.timesteps],
+    text = CARD.format(base=base.name, steps=sampler.steps, guidance=1.0 if distilled else "…", why=why, code=code, timesteps=[int(i) for i in scheduler.timesteps],
                        scheduler=type(scheduler).__name__, teacher_guidance=sampler.guidance_scale or 1.0, version=ddil.__version__, provenance=json.dumps(sampler.provenance, indent=1))
     (folder / "README.md").write_text(text)
 
@@ -418,7 +423,7 @@ def _aside(folder: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     return aside
 
-# %% ../../nbs/41_pipeline.ipynb #4d9a3251
+# %% ../../nbs/41_pipeline.ipynb #47839bc4
 def export_adapters(sampler: Sampler, base: TextToImage, folder: str | Path) -> Path:
     """Write the student's adapters as a LoRA file that diffusers' pipelines load, with a scheduler that visits its nodes, and a card. Returns the folder."""
     scheduler, folder, network = scheduler_for(sampler), Path(folder), innermost(sampler.denoiser).network
@@ -430,7 +435,7 @@ def export_adapters(sampler: Sampler, base: TextToImage, folder: str | Path) -> 
     kind.save_lora_weights(aside, unet_lora_layers=layers, safe_serialization=True)
     scheduler.save_pretrained(aside / "scheduler")
     name = type(scheduler).__name__
-    code = (f'pipeline = DiffusionPipeline.from_pretrained("{base.source}", use_safetensors=True)\npipeline.load_lora_weights("this folder")\n'
+    code = (f'pipeline = DiffusionPipeline.from_pretrained("{base.name}", use_safetensors=True)\npipeline.load_lora_weights("this folder")\n'
             f'pipeline.scheduler = {name}.from_pretrained("this folder", subfolder="scheduler")\nimage = pipeline("a prompt", num_inference_steps={sampler.steps}, guidance_scale=1.0).images[0]')
     write_card(aside, sampler, scheduler, base, code)
     seal(aside, folder, {"ddil": ddil.__version__, "provenance": sampler.provenance})
