@@ -176,17 +176,26 @@ def preset(name: str, **changes) -> Plan:
     shipped = {"model": str(asset("scenes-pipeline"))} if name == "scenes" and not changes.get("model") else {}
     return plan_from({**PRESETS[name], **shipped, **changes})
 
-# %% ../../nbs/44_text2image.ipynb #43063af7
+# %% ../../nbs/44_text2image.ipynb #bf532982
 @dataclass
 class Pieces:
     """What one stage is trained with, and the grid and solver that its student is sampled with."""
 
     student: Denoiser
+    teacher: TextDenoiser
     method: Method
     rollin: RollIn
     grid: Tensor
     solver: str
     settings: Settings
+
+    def frozen(self, plan: Plan) -> Pieces:
+        """The same, with a teacher of its own weights made ready to be asked often: in half precision and compiled, if the plan says so."""
+        if plan.adapters == "full" and plan.precision == "bf16":
+            self.teacher.network.to(torch.bfloat16)
+        if plan.compile_teacher:
+            self.teacher.network.compile()
+        return self
 
 
 def _pair(plan: Plan, base: TextDenoiser) -> tuple[TextDenoiser, TextDenoiser]:
@@ -195,16 +204,12 @@ def _pair(plan: Plan, base: TextDenoiser) -> tuple[TextDenoiser, TextDenoiser]:
         student = add_adapters(base, plan.rank)
         teacher: TextDenoiser = WithoutAdapters(student)
     else:
-        student, teacher = copy.deepcopy(base).float().requires_grad_(True), base.eval().requires_grad_(False)
-        if plan.precision == "bf16":
-            teacher.network.to(torch.bfloat16)
-        if plan.compile_teacher:
-            teacher.network.compile()
+        student, teacher = copy.deepcopy(base).requires_grad_(True), base.eval().requires_grad_(False)
     if plan.gradient_checkpointing:
         student.network.enable_gradient_checkpointing()
     return student.train(), teacher
 
-# %% ../../nbs/44_text2image.ipynb #0d09b2b7
+# %% ../../nbs/44_text2image.ipynb #c958147b
 def pieces(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, shape: tuple[int, ...], shard: Shard = Shard()) -> Pieces:
     """The pieces of the stage from `steps`[0] to `steps`[1]. `base`: the network that teacher and student begin as (with adapters it becomes the student itself)."""
     first, settings = steps[0] == plan.stages[0], plan.settings(steps[1])
@@ -217,7 +222,7 @@ def pieces(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, s
     stride = steps[0] // steps[1]
     label = Teacher(expert, trailing_grid(steps[0]), stride, look=1 if plan.method == "LCM" else None)
     rollin, method, solver = PARTS[plan.method](plan, learner, label, data, shape, settings, shard)
-    return Pieces(learner, method, rollin, label.student_grid, solver, settings)
+    return Pieces(learner, teacher, method, rollin, label.student_grid, solver, settings)
 
 
 def _progressive(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
@@ -295,10 +300,10 @@ def _decisive(plan: Plan) -> dict:
     free = ("output", "cache", "processes", "nodes", "distribution", "device", "checkpoint_every", "compile_teacher", "check_weights", "model", "revision", "data", "data_format", "data_revision", "skip_limit")
     return json.loads(json.dumps({name: value for name, value in asdict(plan).items() if name not in free}))
 
-# %% ../../nbs/44_text2image.ipynb #989bc308
+# %% ../../nbs/44_text2image.ipynb #95292fff
 def _train_stage(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, shape: tuple[int, ...], place: Path, accelerator: Accelerator, identity: dict, bar: Bar) -> None:
     """Train the student of one stage and save it."""
-    made = pieces(plan, steps, base, data, shape, Shard(accelerator.process_index, accelerator.num_processes))
+    made = pieces(plan, steps, base, data, shape, Shard(accelerator.process_index, accelerator.num_processes)).frozen(plan)
     stage = f"{plan.method}, {steps[0]} to {steps[1]} steps"
     trainer = Trainer(made.student, made.method, made.rollin, made.settings, place, accelerator, lambda updates: bar(updates, stage), identity).fit()
     cost = {"updates": plan.updates, "seconds": trainer.seconds, "processes": accelerator.num_processes, **{f"{name} evaluations": count for name, count in trainer.evaluations.items()}}
