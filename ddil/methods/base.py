@@ -32,7 +32,7 @@ class Turn:
     player: str
     loss: Loss
 
-# %% ../../nbs/15_methods.ipynb #cebd8abb
+# %% ../../nbs/15_methods.ipynb #760dfe96
 class Follower:
     """A copy of `student`, the `network`, whose weights move a share 1 - decay of the way towards the student's after every update (decay in [0, 1))."""
 
@@ -41,6 +41,10 @@ class Follower:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.decay, self.network = decay, copy.deepcopy(student).eval().requires_grad_(False)
         self.network.evaluations = 0
+        self.follow(student)
+
+    def follow(self, student: Denoiser) -> None:
+        """Follow this student's parameters (again, once they have been placed on their devices: sharding puts others into their place)."""
         self._pairs = [(mine, theirs) for mine, theirs in zip(self.network.parameters(), student.parameters()) if theirs.requires_grad]
 
     @torch.no_grad()
