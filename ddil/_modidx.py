@@ -921,6 +921,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                           'ddil.text2image.captions._hash': ('captions.html#_hash', 'ddil/text2image/captions.py'),
                                           'ddil.text2image.captions._in_folder': ( 'captions.html#_in_folder',
                                                                                    'ddil/text2image/captions.py'),
+                                          'ddil.text2image.captions._json_files': ( 'captions.html#_json_files',
+                                                                                    'ddil/text2image/captions.py'),
                                           'ddil.text2image.captions._lines': ('captions.html#_lines', 'ddil/text2image/captions.py'),
                                           'ddil.text2image.captions._local': ('captions.html#_local', 'ddil/text2image/captions.py'),
                                           'ddil.text2image.captions._need': ('captions.html#_need', 'ddil/text2image/captions.py'),

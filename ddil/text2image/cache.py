@@ -108,13 +108,14 @@ def _at_once(batch_size: int, size: int | None) -> int:
     """How many pictures a VAE encodes at once: 64 of 256 x 256 pixels, 4 of 1024 x 1024, so that the memory stays the same."""
     return batch_size if size is None else max(1, min(batch_size, 64 * 256**2 // size**2))
 
-# %% ../../nbs/43_cache.ipynb #dc203e61
+# %% ../../nbs/43_cache.ipynb #5a588b4d
 def _narrow(values: Tensor, dtype: str, what: str) -> np.ndarray:
     """Numbers in the cache's type. Raises ValueError if they are not finite there."""
     values = values.detach().float().cpu()
     if not values.isfinite().all():
         raise ValueError(f"{what} are not finite (the encoder's own arithmetic overflows): load the model in float32")
-    narrow = values.numpy().astype(dtype)
+    with np.errstate(over="ignore"):  # what overflows is an error below
+        narrow = values.numpy().astype(dtype)
     if not np.isfinite(narrow).all():
         raise ValueError(f"{what} reach {values.abs().max():.3g}, more than {dtype} can hold: ask for dtype='float32'")
     return narrow

@@ -361,7 +361,7 @@ def _told(sample: dict, reading: Reading, url: str) -> object:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{sample['__key__']}.json in {url} is no JSON object: {error}") from error
 
-# %% ../../nbs/42_captions.ipynb #0ec855b4
+# %% ../../nbs/42_captions.ipynb #906da89f
 def _stream(source: str, revision: str | None, split: str):
     """A data set of Hugging Face's `datasets`, streamed, its pictures not decoded. Raises ValueError for a hub's without a revision."""
     datasets, path = _need("datasets"), Path(source)
@@ -373,12 +373,22 @@ def _stream(source: str, revision: str | None, split: str):
         if kind is None:
             raise ValueError(f"{source} is none of .parquet, .arrow, .json and .jsonl")
         found = datasets.load_dataset(kind, data_files=str(path), **options)
+    elif rows := _json_files(path, split):
+        found = datasets.load_dataset("json", data_files={split: rows}, **options)
     else:
         found = datasets.load_dataset(source, **options, **({} if path.exists() else {"revision": revision}))
     for name, kind in (found.features or {}).items():
         if isinstance(kind, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
     return found
+
+
+def _json_files(folder: Path, split: str) -> list[str]:
+    """A folder's files of rows, of this split if they are named by splits; none where there are tables of the binary kinds. (The package would take pictures beside them for the data.)"""
+    if not folder.is_dir() or any(file.suffix in (".parquet", ".arrow") for file in folder.rglob("*")):
+        return []
+    rows = sorted(file for file in folder.rglob("*") if file.suffix in (".jsonl", ".json"))
+    return [str(file) for file in rows if split in file.stem] or [str(file) for file in rows]
 
 
 def _picture(value: object, folder: Path) -> Image.Image:
@@ -399,8 +409,8 @@ def _data_set_part(stream, number: int, count: int, reading: Reading, source: st
         open = partial(_picture, row.get(columns[1]), folder) if reading.images else None
         yield from reading.entries(f"{number}/{place}", row.get(columns[0]), open)
 
-# %% ../../nbs/42_captions.ipynb #b868ac5e
-LOOKED_FOR = {"coco": "annotations/captions_*.json", "table": f"a table ({', '.join(TABLES)})", "shards": "shards (*.tar)", "folder": f"pictures ({', '.join(SUFFIXES)}) with NAME.txt beside them",
+# %% ../../nbs/42_captions.ipynb #4727291b
+LOOKED_FOR = {"coco": "annotations/captions_*.json", "table": f"a table ({', '.join(TABLES)}, or the only .csv or .jsonl)", "shards": "shards (*.tar)", "folder": f"pictures ({', '.join(SUFFIXES)}) with NAME.txt beside them",
               "dataset": "files of a data set (*.parquet, *.arrow, *.jsonl, *.json)", "captions": "captions in the lines of a .txt file"}
 FORMATS = ("auto", *LOOKED_FOR)
 KINDS = {".csv": "table", ".jsonl": "table", ".json": "coco", ".txt": "captions", ".tar": "shards", ".parquet": "dataset", ".arrow": "dataset"}
@@ -414,7 +424,9 @@ def _in_folder(path: Path, format: str) -> Path | None:
             raise ValueError(f"{path} has several annotations, {', '.join(file.name for file in found)}: name one of these files")
         return found[0] if found else None
     if format == "table":
-        return next((path / name for name in TABLES if (path / name).exists()), None)
+        lone = [file for file in path.iterdir() if file.suffix in (".csv", ".jsonl")]
+        usual = next((path / name for name in TABLES if (path / name).exists()), None)
+        return usual or (lone[0] if len(lone) == 1 and _in_folder(path, "folder") is None else None)
     if format == "shards":
         return path if any(path.rglob("*.tar")) else None
     if format == "folder":
