@@ -291,16 +291,18 @@ def check_prediction(model: TextDenoiser, shape: Sequence[int], cond: Cond, seed
                          f"(a network for eps has nearly 1, one for v nearly 0). Set prediction_type of the scheduler to {other!r}, or use weights that fit (these may be untrained)")
     return correlation
 
-# %% ../../nbs/41_pipeline.ipynb #6596ecc5
+# %% ../../nbs/41_pipeline.ipynb #8d84b8d1
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
-def add_adapters(student: TextDenoiser, rank: int = 64, targets: Sequence[str] = LORA_TARGETS) -> TextDenoiser:
-    """Put low-rank adapters of `rank` into the student's network, and freeze the rest. Adapters begin at zero effect. Returns the student."""
+def add_adapters(student: TextDenoiser, rank: int = 64, targets: Sequence[str] = LORA_TARGETS, seed: int = 0) -> TextDenoiser:
+    """Put low-rank adapters of `rank` into the student's network, and freeze the rest. Adapters begin at zero effect, from `seed`. Returns the student."""
     if rank < 1:
         raise ValueError(f"the rank of adapters must be at least 1, not {rank}")
     student.requires_grad_(False)
-    student.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True))
     for name, parameter in student.network.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return student
@@ -329,7 +331,7 @@ class WithoutAdapters(TextDenoiser):
     def device(self) -> torch.device:
         return self._shared[0].device
 
-# %% ../../nbs/41_pipeline.ipynb #2bb2a5c4
+# %% ../../nbs/41_pipeline.ipynb #a57f8450
 def scheduler_for(sampler: Sampler) -> SchedulerMixin:
     """The scheduler of diffusers that walks as this student's sampler does. Raises ValueError if its solver or grid cannot be said in one."""
     base, steps = innermost(sampler.denoiser), sampler.steps
@@ -341,9 +343,9 @@ def scheduler_for(sampler: Sampler) -> SchedulerMixin:
     common |= _thresholding(sampler)
     if sampler.solver == "consistency":
         scheduler = LCMScheduler(**common)
-    elif sampler.solver == "ddim" and schedule.knots % steps == 0:
-        scheduler = DDIMScheduler(**common, set_alpha_to_one=True, steps_offset=0, timestep_spacing="trailing")
-    elif sampler.solver == "ddim":  # DDIMScheduler steps by whole numbers of training steps; this one's first order is DDIM between any two
+    elif sampler.solver == "ddim" and schedule.knots % steps == 0 and "thresholding" not in common:
+        scheduler = DDIMScheduler(**common, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing")
+    elif sampler.solver == "ddim":  # DDIMScheduler steps by whole numbers of training steps, and does not threshold the noise; this one's first order is DDIM in both
         scheduler = DPMSolverMultistepScheduler(**{key: value for key, value in common.items() if key != "clip_sample"}, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero")
     else:
         raise ValueError(f"a student sampled with {sampler.solver!r} cannot leave as a pipeline; 'ddim' and 'consistency' can. Save it with Sampler.save instead")
@@ -361,11 +363,10 @@ def _thresholding(sampler: Sampler) -> dict:
             raise ValueError(f"a {type(sampler.denoiser).__name__} wrapper cannot leave with a pipeline: export the student itself")
         return {"clip_sample": False}
     threshold = sampler.denoiser.threshold
-    if threshold.kind == "dynamic" and threshold.bound == 1.0:
-        return {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": 1e6}
-    if threshold.kind == "static":
-        return {"clip_sample": True, "clip_sample_range": threshold.bound}
-    raise ValueError("diffusers knows dynamic thresholding to a bound of 1 only: export a student without it")
+    if threshold.bound != 1.0:
+        raise ValueError(f"diffusers' pipelines threshold to a bound of 1 only (Stable Diffusion's switches clip_sample off), not {threshold.bound}: export a student without it")
+    # Static thresholding is dynamic with no reach beyond the bound.
+    return {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": 1.0 if threshold.kind == "static" else 1e6}
 
 # %% ../../nbs/41_pipeline.ipynb #dda8c631
 CARD = """---
