@@ -924,6 +924,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                           'ddil.text2image.pipeline._Reader.read': ( 'pipeline.html#_reader.read',
                                                                                      'ddil/text2image/pipeline.py'),
                                           'ddil.text2image.pipeline._aside': ('pipeline.html#_aside', 'ddil/text2image/pipeline.py'),
+                                          'ddil.text2image.pipeline._original_steps': ( 'pipeline.html#_original_steps',
+                                                                                        'ddil/text2image/pipeline.py'),
                                           'ddil.text2image.pipeline._prediction_of': ( 'pipeline.html#_prediction_of',
                                                                                        'ddil/text2image/pipeline.py'),
                                           'ddil.text2image.pipeline._schedule_of': ( 'pipeline.html#_schedule_of',
