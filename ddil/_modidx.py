@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                    'ddil.shift.report._switched': ('report.html#_switched', 'ddil/shift/report.py'),
                                    'ddil.shift.report._walks': ('report.html#_walks', 'ddil/shift/report.py'),
                                    'ddil.shift.report.as_pictures': ('report.html#as_pictures', 'ddil/shift/report.py'),
+                                   'ddil.shift.report.is_labels': ('report.html#is_labels', 'ddil/shift/report.py'),
                                    'ddil.shift.report.report_figure': ('report.html#report_figure', 'ddil/shift/report.py'),
                                    'ddil.shift.report.shift_report': ('report.html#shift_report', 'ddil/shift/report.py')},
             'ddil.solvers.amed': { 'ddil.solvers.amed.AMED': ('amed.html#amed', 'ddil/solvers/amed.py'),

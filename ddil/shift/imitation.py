@@ -67,25 +67,33 @@ def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple
         parts.append(forward.sample(n, 0))
     return [part.z for part in parts], parts[0].cond
 
-# %% ../../nbs/30_imitation.ipynb #7303c8b9
+# %% ../../nbs/30_imitation.ipynb #245fab05
 def covariate_shift(student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, seed: int = 0,
-                    teacher_path: Tensor | None = None) -> dict[str, Tensor]:
+                    teacher_path: Tensor | None = None, batch_size: int = 256) -> dict[str, Tensor]:
     """The student's one-step error at each node, on "teacher" states, on its "own", and, given `data`, on "forward" states.
 
     "path" holds, for each time but the first, the root mean squared distance per element between the student's walk and the teacher's from the same noise.
-    `teacher_path`: the teacher's trajectory for these ids, if it is known already (`teacher.sample(ids, cond, seed=seed, trajectory=True)`).
+    `teacher_path`: the teacher's trajectory for these ids, if it is known already (`teacher.sample(ids, cond, seed=seed, trajectory=True)`). `batch_size`: rows that a network is asked for at once.
     Raises ValueError for a student that is not sampled with DDIM, a teacher with a multistep or stochastic solver, or times that are not the teacher's.
     """
     check_solver(student, "student", ddim=True)
     check_solver(teacher, "teacher")
     guide, device = expert(teacher, student), student.denoiser.device
     cond = map_cond(lambda c: c.to(device), cond)
-    theirs = teacher.sample(ids, cond, seed=seed, trajectory=True) if teacher_path is None else teacher_path.to(device)
-    theirs, own = theirs[:: guide.stride], student.sample(ids, cond, seed=seed, trajectory=True)
-    nodes = student.grid.tolist()[:-1]
-    asked = lambda states, given: [guide.advance(z, t, given) for z, t in zip(states, nodes)]
-    result = {"teacher": one_step_error(student, theirs[:-1], theirs[1:], cond), "own": one_step_error(student, own[:-1], asked(own, cond), cond)}
+    walk = lambda sampler: sampler.sample(ids, cond, seed=seed, batch_size=batch_size, trajectory=True)
+    theirs, own = (walk(teacher) if teacher_path is None else teacher_path.to(device))[:: guide.stride], walk(student)
+
+    def judged(states: Sequence[Tensor], given: Cond, landings: Sequence[Tensor] | None = None) -> Tensor:
+        """The error over all states, a batch at a time; where the landings are not known the teacher is asked."""
+        total = torch.zeros(student.steps, dtype=torch.float64)
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            some, part = [z[rows] for z in states], map_cond(lambda c: c[rows], given)
+            there = [guide.advance(z, t, part) for z, t in zip(some, student.grid.tolist())] if landings is None else [z[rows] for z in landings]
+            total += len(some[0]) / len(ids) * one_step_error(student, some, there, part).double()
+        return total.to(states[0].dtype).cpu()
+
+    result = {"teacher": judged(theirs[:-1], cond, theirs[1:]), "own": judged(own[:-1], cond)}
     if data is not None:
-        states, given = forward_states(student, data, len(ids), seed)
-        result["forward"] = one_step_error(student, states, asked(states, given), given)
+        result["forward"] = judged(*forward_states(student, data, len(ids), seed))
     return {**result, "path": (own[1:] - theirs[1:]).flatten(1).square().mean(1).sqrt().cpu()}

@@ -22,28 +22,32 @@ from ..solvers import Memory
 from ..states import Data
 
 # %% auto #0
-__all__ = ['Distance', 'DISTANCES', 'marginal_distances', 'forward_clean', 'log_det_step', 'exact_shift']
+__all__ = ['Distance', 'DISTANCES', 'OTHER_NOISE', 'marginal_distances', 'forward_clean', 'log_det_step', 'exact_shift']
 
-# %% ../../nbs/32_marginals.ipynb #b7a88543
+# %% ../../nbs/32_marginals.ipynb #0e388c2d
 Distance = Callable[[Tensor, Tensor], float]
 DISTANCES: dict[str, Distance] = {"sliced Wasserstein": sliced_wasserstein, "energy distance": mmd}
+OTHER_NOISE = 1_000_000  # added to a seed: far from those of other runs that are compared with this one
 
 
 def marginal_distances(student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, distances: Mapping[str, Distance] | None = None,
                        features: Callable[[Tensor], Tensor] = lambda z: z, seed: int = 0, batch_size: int = 256, teacher_path: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-    """{"teacher" and, given `data`, "forward": {distance: (steps,)}}: of the student's states at each of its times but the first from the teacher's, and from noised data.
+    """{name: {distance: (steps,)}}: how far the student's states at each of its times but the first are from other crowds, and beside them what equal crowds would show.
 
-    "chance" holds the same distances between the teacher's states and those from another noise: what two equal crowds of this size show. `distances`: by default `DISTANCES`.
-    `teacher_path`: the teacher's trajectory for these ids, if it is known already.
+    "teacher": from the teacher's states of the same noise. The two are paired: the distance of equal walks is 0, and "chance" is no baseline for it.
+    "other noise": from the teacher's states of other noise; "forward", given `data`: from noised data. Both are distances of independent crowds, and equal ones of this size show "chance".
+    "chance": from the teacher's states of the same noise to its states of other noise, whose seed is `seed` + `OTHER_NOISE`.
+    `distances`: by default `DISTANCES`. `teacher_path`: the teacher's trajectory for these ids, if it is known already.
     """
     stride, distances = expert(teacher, student).stride, distances or DISTANCES
     walk = lambda sampler, seed: sampler.sample(ids, cond, seed=seed, batch_size=batch_size, trajectory=True)
     theirs = (walk(teacher, seed) if teacher_path is None else teacher_path)[stride::stride]
-    crowds = {"teacher": (walk(student, seed)[1:], theirs), "chance": (walk(teacher, seed + 1)[stride::stride], theirs)}
+    own, others = walk(student, seed)[1:], walk(teacher, seed + OTHER_NOISE)[stride::stride]
+    crowds = {"teacher": (own, theirs), "other noise": (own, others), "chance": (theirs, others)}
     if data is not None:
         noised = forward_states(student, data, len(ids), seed)[0][1:]
         clean = forward_clean(student, data, len(ids), seed)
-        crowds["forward"] = (crowds["teacher"][0], [*noised, clean])
+        crowds["forward"] = (own, [*noised, clean])
     apart = lambda one, other, distance: torch.tensor([distance(features(a), features(b)) for a, b in zip(one, other)])
     return {name: {called: apart(*pair, distance) for called, distance in distances.items()} for name, pair in crowds.items()}
 
