@@ -268,7 +268,7 @@ def _settled(points: Tensor, best: Tensor, who: Tensor, error: Tensor, k: int) -
             radii[rows] = distance.kthvalue(k + 1, dim=1).values
     return radii
 
-# %% ../../nbs/26_distances.ipynb #79815bef
+# %% ../../nbs/26_distances.ipynb #541c4b8a
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) -> dict[str, float]:
     """Precision, recall, density and coverage of features `fake` (m, …) against `real` (n, …), with `k` neighbours for all four (Naeem et al. 2020).
 
@@ -302,7 +302,7 @@ REACH = 2.0**30  # centred norms up to this, and down to its inverse, have squar
 
 
 def _in_reach(real: Tensor, fake: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Both as they are, if float32 holds the squares of their centred norms; else in float64, centred and divided by the largest norm, brought to a power of 2 so that nothing is rounded."""
+    """Both as they are, if float32 holds the squares of their centred norms; else in float64 and divided by about the largest of them: by a power of 2, so that nothing is rounded."""
     centre = real[:4096].double().mean(0)
     largest = max((part.double() - centre).abs().max().item() for points in (real, fake) for part in points.split(block)) * real.shape[1] ** 0.5
     if largest == 0 or 1 / REACH < largest < REACH:

@@ -122,7 +122,7 @@ class InceptionFeatures:
         with torch.inference_mode():
             return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)).float()
 
-# %% ../../nbs/27_images.ipynb #f1e9fc7b
+# %% ../../nbs/27_images.ipynb #5fb8b387
 def _judged(images: Images, count: int, extractor: Extractor, batch_size: int, accelerator: Accelerator | None, progress: bool) -> Iterator[Tensor]:
     """Features of the pictures of this process' share of the ids 0 … count - 1, batch after batch."""
     if count < 1 or batch_size < 1:
@@ -157,8 +157,8 @@ def _shares(make: Callable[[], object], accelerator: Accelerator | None) -> list
 
 def features_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Tensor:
     """Features (count, d), on the CPU, of the pictures of the ids 0 … count - 1, in that order and on all processes."""
-    mine = lambda: [features.cpu().numpy() for features in _judged(images, count, extractor, batch_size, accelerator, progress)]
-    return torch.cat([torch.from_numpy(part) for share in _shares(mine, accelerator) for part in share])
+    mine = lambda: [features.cpu() for features in _judged(images, count, extractor, batch_size, accelerator, progress)]
+    return torch.cat([part for share in _shares(mine, accelerator) for part in share])
 
 
 def moments_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Moments:
