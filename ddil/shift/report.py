@@ -85,7 +85,7 @@ def is_labels(cond: Cond) -> bool:
     whole = isinstance(cond, Tensor) and not (cond.is_floating_point() or cond.is_complex())
     return whole and cond.ndim == 1 and len(cond.unique()) < len(cond)
 
-# %% ../../nbs/33_report.ipynb #15866c7b
+# %% ../../nbs/33_report.ipynb #2d252f09
 def report_figure(report: ShiftReport, title: str = "") -> Picture:
     """One figure of everything in a report."""
     pictured = {name: images for name, part in report.samples.items() if (images := as_pictures(part)) is not None}
@@ -129,12 +129,12 @@ def _imitation(ax, report: ShiftReport) -> None:
 
 def _walks(ax, report: ShiftReport) -> None:
     ax.plot(report.times[1:], report.imitation["path"], "o-", ms=4, color="black", label="its path from its teacher's (rms)")
-    for kind, style, label in (("teacher", "s-", "sliced W.: from its teacher's, same noise"), ("other noise", "s:", "sliced W.: from its teacher's, other noise"), ("forward", "^:", "sliced W.: from noised data"),
-                              ("chance", "--", "sliced W.: chance, teacher's from teacher's, other noise")):
+    for kind, style, label in (("teacher", "s-", "from its teacher's crowd, same noise (sliced W.)"), ("other noise", "s:", "from its teacher's crowd, other noise"), ("forward", "^:", "from noised data"),
+                              ("chance", "--", "chance: teacher's crowds of two noises")):
         if kind in report.marginals and "sliced Wasserstein" in report.marginals[kind]:
             ax.plot(report.times[1:], report.marginals[kind]["sliced Wasserstein"], style, ms=4, lw=1, label=label)
     ax.set(title="how far the student strays", xlabel="t", xlim=(1.04, -0.04))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.8 * ax.get_ylim()[1])  # room for the legend
 
 
 def _first(values: Mapping[str, Sequence[float]]) -> str:
