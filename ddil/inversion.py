@@ -156,8 +156,8 @@ def project(embeddings: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
     """Ids, (tokens,), among `allowed` of the rows of `table` nearest to `embeddings`, (tokens, width)."""
     return allowed[torch.cdist(embeddings, table[allowed]).argmin(1)]
 
-# %% ../nbs/47_inversion.ipynb #f75c6098
-OPTIMIZERS = {"gradient": 1.0, "adam": 0.1, "lbfgs": 0.8}  # and their rates
+# %% ../nbs/47_inversion.ipynb #23d8c928
+OPTIMIZERS = {"gradient": (1.0, 1), "adam": (0.1, 1), "lbfgs": (0.8, 20)}  # with default rates, and evaluations from projection to projection
 INNER = 20  # evaluations of one update of L-BFGS
 
 
@@ -218,7 +218,7 @@ class Inversion:
     restarts: list[float]
     evaluations: int
 
-# %% ../nbs/47_inversion.ipynb #4e860b7c
+# %% ../nbs/47_inversion.ipynb #cdef5afc
 def _check_search(model: TextToImage, tokens: int, optimizer: str, whole: dict[str, int], rate: float, allowed: Tensor) -> None:
     """Raise ValueError for what cannot be searched."""
     longest = model.tokenizers[0].model_max_length - 2
@@ -229,6 +229,8 @@ def _check_search(model: TextToImage, tokens: int, optimizer: str, whole: dict[s
     for name, value in whole.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if optimizer == "lbfgs" and whole["projection_every"] == 1:
+        raise ValueError("L-BFGS projected at every evaluation sees a loss that changes only when a word does, and stops: projection_every must be 2 or more, such as 20")
     if not 0 < rate < math.inf:
         raise ValueError(f"the learning rate must be a positive number, not {rate}")
     control = set(model.tokenizers[0].all_special_ids)
@@ -242,27 +244,27 @@ def _run(descent: Descent, updates: Iterable[int], total: int, batch: int, judge
     loss, trace, seen, every = [], [], {}, max(1, total // CHECKS)
     for update in updates:
         loss.append(descent.update(descent.problem.draw(batch, "update", update)))
-        if not math.isfinite(loss[-1]):
-            raise ValueError(f"the loss is {loss[-1]} at update {update}: lower the learning rate, or load the model in float32")
+        if not math.isfinite(loss[-1]) or not bool(torch.isfinite(descent.free).all()):
+            raise ValueError(f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: lower the learning rate, or load the model in float32")
         trace.append(descent.ids.tolist())
         if update % every == 0 or update == total - 1:
             seen[tuple(trace[-1])] = judge(tuple(trace[-1]))
     best = min(seen, key=seen.__getitem__)
     return seen[best], best, loss, trace
 
-# %% ../nbs/47_inversion.ipynb #8c213357
+# %% ../nbs/47_inversion.ipynb #14845edb
 def invert(model: TextToImage, latents: Tensor, tokens: int = 8, updates: int = 200, times: tuple[float, float] = (0.5, 0.9), optimizer: str = "gradient", learning_rate: float | None = None,
-           projection_every: int = 1, batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Inversion:
+           projection_every: int | None = None, batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Inversion:
     """The prompt of `tokens` tokens under which `model` best tells the noise from `latents`, (n, c, h, w), one or more pictures of one thing (Mahajan et al. 2024).
 
-    times: earliest and latest, in (0, 1]; optimizer: of OPTIMIZERS, where the default `learning_rate` is; `projection_every`: evaluations from projection to projection;
+    times: earliest and latest, in (0, 1]; optimizer: of OPTIMIZERS, where the defaults are of `learning_rate` and `projection_every`, the evaluations from projection to projection;
     batch: noisy states of an update; `allowed`: ids to choose from (default: all but control tokens). Weights are frozen.
     Raises ValueError for SDXL, latents of another shape, too many tokens, an unknown optimizer, times outside (0, 1].
     """
     problem = Problem(model, latents, times, seed)
     allowed = vocabulary(model.tokenizers[0]) if allowed is None else torch.as_tensor(allowed, dtype=torch.long)
-    rate = OPTIMIZERS.get(optimizer, 1.0) if learning_rate is None else learning_rate
-    _check_search(model, tokens, optimizer, {"updates": updates, "projection_every": projection_every, "batch": batch, "restarts": restarts}, rate, allowed)
+    rate, delay = (known if given is None else given for known, given in zip(OPTIMIZERS.get(optimizer, (1.0, 1)), (learning_rate, projection_every)))
+    _check_search(model, tokens, optimizer, {"updates": updates, "projection_every": delay, "batch": batch, "restarts": restarts}, rate, allowed)
     kept, table, known = problem.draw(HELD_OUT, "held out"), problem.table, {}
 
     @torch.no_grad()
@@ -274,7 +276,7 @@ def invert(model: TextToImage, latents: Tensor, tokens: int = 8, updates: int = 
     runs = []
     for restart in range(restarts):
         start = allowed[torch.from_numpy(generator(seed, "first words", restart).integers(len(allowed), size=tokens))].to(model.device)
-        descent = Descent(problem, start, allowed.to(model.device), optimizer, rate, projection_every)
+        descent = Descent(problem, start, allowed.to(model.device), optimizer, rate, delay)
         runs.append(_run(descent, progress(range(updates)), updates, batch, judge))
     held_out, ids, loss, trace = min(runs, key=lambda run: run[0])
     tokenizer = model.tokenizers[0]
