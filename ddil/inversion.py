@@ -23,13 +23,13 @@ from .text2image.pipeline import TextToImage
 __all__ = ['OPTIMIZERS', 'INNER', 'HELD_OUT', 'CHECKS', 'vocabulary', 'text_of', 'reads_back', 'prompt_conditions', 'Draw',
            'Problem', 'project', 'Descent', 'Inversion', 'invert']
 
-# %% ../nbs/47_inversion.ipynb #2d97b2b8
+# %% ../nbs/47_inversion.ipynb #ab6856f7
 def vocabulary(tokenizer: CLIPTokenizer, words: bool = False) -> Tensor:
-    """Ids, (n,), of the tokens that a prompt may be made of: all but control tokens; with `words`, those alone whose text is read back as that one token."""
+    """Ids, (n,), of the tokens that a prompt may be made of: all but control tokens; with `words`, those alone whose text can be printed and is read back as that one token."""
     ids = [i for i in range(len(tokenizer)) if i not in set(tokenizer.all_special_ids)]
     if words:
         texts = [tokenizer.decode([i]) for i in ids]
-        ids = [i for i, again in zip(ids, tokenizer(texts, add_special_tokens=False).input_ids) if again == [i]]
+        ids = [i for i, one, again in zip(ids, texts, tokenizer(texts, add_special_tokens=False).input_ids) if again == [i] and one.isprintable()]
     return torch.tensor(ids)
 
 
@@ -198,9 +198,9 @@ class Descent:
             self._optimizer.step()
         return float(loss)
 
-# %% ../nbs/47_inversion.ipynb #09a2601f
-HELD_OUT = 64  # states by which prompts are compared
-CHECKS = 20  # times that each run is looked at
+# %% ../nbs/47_inversion.ipynb #c0ae20ff
+HELD_OUT = 32  # states by which prompts are compared
+CHECKS = 10  # times that each run is looked at
 
 
 @dataclass
