@@ -6,7 +6,7 @@
 __all__ = ['Players', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'Turn', 'Follower', 'Method', 'weighting_by_name',
            'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'Denoising']
 
-# %% ../../nbs/15_methods.ipynb #27a326c3
+# %% ../../nbs/15_methods.ipynb #f3a7bb65
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Cond, Denoiser, with_inputs
+from ..distribution import local
 from ..solvers import ddim_update
 from ..states import States
 from ..schedule import Time
@@ -32,7 +33,7 @@ class Turn:
     player: str
     loss: Loss
 
-# %% ../../nbs/15_methods.ipynb #cebd8abb
+# %% ../../nbs/15_methods.ipynb #ff67abda
 class Follower:
     """A copy of `student`, the `network`, whose weights move a share 1 - decay of the way towards the student's after every update (decay in [0, 1))."""
 
@@ -41,7 +42,11 @@ class Follower:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.decay, self.network = decay, copy.deepcopy(student).eval().requires_grad_(False)
         self.network.evaluations = 0
-        self._pairs = [(mine, theirs) for mine, theirs in zip(self.network.parameters(), student.parameters()) if theirs.requires_grad]
+        self.follow(student)
+
+    def follow(self, student: Denoiser) -> None:
+        """Follow this student's parameters (again, once they have been placed on their devices: sharding puts others into their place)."""
+        self._pairs = [(local(mine), local(theirs)) for mine, theirs in zip(self.network.parameters(), student.parameters()) if theirs.requires_grad]
 
     @torch.no_grad()
     def update(self) -> None:
