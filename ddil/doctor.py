@@ -33,7 +33,8 @@ from .text2image.pipeline import KINDS, _prediction_of, _schedule_of
 from .text2image.recipe import Pieces, Plan, items_of, pieces
 
 # %% auto #0
-__all__ = ['LiveBytes', 'Shapes', 'loss_and_gradients', 'rehearsal', 'memory', 'throughput', 'operations', 'Report', 'examine']
+__all__ = ['LiveBytes', 'Shapes', 'prepare', 'loss_and_gradients', 'rehearsal', 'memory', 'throughput', 'operations', 'Report',
+           'examine']
 
 # %% ../nbs/46_doctor.ipynb #1c5f637a
 class LiveBytes(TorchDispatchMode):
@@ -62,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-# %% ../nbs/46_doctor.ipynb #9a192201
+# %% ../nbs/46_doctor.ipynb #a1178bb9
 @dataclass
 class Shapes:
     """The shapes that a network's configuration decides: of a sample, and of one row of each part of its condition."""
@@ -99,6 +100,12 @@ class _NoData:
         return 1
 
 
+def prepare(plan: Plan, made: Pieces) -> None:
+    """What the trainer does to the student's network before the first update."""
+    if plan.gradient_checkpointing:
+        innermost(made.student).network.enable_gradient_checkpointing()
+
+
 def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "cpu") -> None:
     """One update but for the optimiser's step."""
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
@@ -106,7 +113,7 @@ def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "
         loss, _ = made.method.loss(made.student, states)
     loss.backward()
 
-# %% ../nbs/46_doctor.ipynb #a0378a8b
+# %% ../nbs/46_doctor.ipynb #ccddf40d
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warning that some layer asked a fake tensor where it lies."""
@@ -124,6 +131,7 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
         pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
     base = TextDenoiser(network, DiscreteVP(), "eps", null, null_text_embeds=pooled)
     made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
+    prepare(plan, made)
     live = LiveBytes()
     with mode, _quietly():
         states = shapes.states(rows, made)

@@ -40,10 +40,10 @@ from .pipeline import TextToImage, WithoutAdapters, add_adapters, check_predicti
 from ..train import Settings, Trainer, make_accelerator
 
 # %% auto #0
-__all__ = ['METHODS', 'CHOICES', 'PRESETS', 'PARTS', 'Bar', 'Plan', 'replace_settings', 'constant_pair', 'plan_from', 'preset',
+__all__ = ['METHODS', 'CHOICES', 'PRESETS', 'PARTS', 'Bar', 'Plan', 'trainer_settings', 'check_pair', 'plan_from', 'preset',
            'Pieces', 'pieces', 'scene_items', 'items_of', 'cached', 'distil_text', 'run_plan']
 
-# %% ../../nbs/44_text2image.ipynb #4fffad8f
+# %% ../../nbs/44_text2image.ipynb #ed858dca
 METHODS = ("PD", "LCM", "SFD")
 CHOICES = {"method": METHODS, "adapters": ("full", "lora"), "precision": ("no", "bf16", "fp16"), "optimizer": ("adamw", "adamw8bit"), "reflection": ("off", "static", "dynamic"),
            "distribution": ("ddp", "fsdp2", "zero2"), "posterior": ("sample", "mean"), "mixing": ("batch", "sample")}
@@ -83,6 +83,7 @@ class Plan:
     batch: int = 64
     accumulate: int = 1
     learning_rate: float = 1e-5
+    warm_up: int = 0
     weight_decay: float = 0.0
     ema: float | None = None
     precision: str = "no"
@@ -101,10 +102,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         problems = [f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}{did_you_mean(getattr(self, name), known)}" for name, known in CHOICES.items() if getattr(self, name) not in known]
-        problems += [*_told(self._check_stages), *_told(lambda: replace_settings(self)), *_told(lambda: [constant_pair(pair) for pair in (self.collected, self.beta)])]
+        problems += [*_told(self._check_stages), *_told(lambda: trainer_settings(self)), *_told(lambda: [check_pair(pair) for pair in (self.collected, self.beta)])]
         world = self.processes * self.nodes
         if self.processes < 1 or self.nodes < 1 or self.batch % max(1, world * self.accumulate):
             problems.append(f"a batch of {self.batch} cannot be shared by {self.processes} processes on {self.nodes} nodes in {self.accumulate} parts each: choose a multiple of {max(1, world * self.accumulate)}")
+        if self.method != "SFD" and any(self.collected) and self.capacity < self.batch * max(self.stages[1:], default=1):
+            problems.append(f"capacity {self.capacity} cannot hold one trajectory for each row of the batch: choose {self.batch * max(self.stages[1:])} or more, or a smaller batch")
         if self.adapters == "lora" and (self.rank < 1 or self.compile_teacher):
             problems.append("adapters need a rank of at least 1, and their teacher, which is the student's own network, cannot be compiled apart from it")
         if problems:
@@ -124,20 +127,20 @@ class Plan:
     def settings(self, student_steps: int) -> Settings:
         """The trainer's settings for one stage; every stage has data order and noise of its own."""
         seed = int(generator(self.seed, "stage", student_steps).integers(1 << 31))
-        return replace_settings(self, seed)
+        return trainer_settings(self, seed)
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser with its clean latents thresholded as the plan says."""
         return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
 
-# %% ../../nbs/44_text2image.ipynb #7b37cb70
-def replace_settings(plan: Plan, seed: int = 0) -> Settings:
+# %% ../../nbs/44_text2image.ipynb #453c9a50
+def trainer_settings(plan: Plan, seed: int = 0) -> Settings:
     """The part of a plan that is the trainer's."""
     return Settings(plan.updates, plan.batch, plan.learning_rate, weight_decay=plan.weight_decay, ema=plan.ema, accumulate=plan.accumulate, checkpoint_every=plan.checkpoint_every,
-                    log_every=max(1, min(50, plan.updates // 20)), seed=seed)
+                    log_every=max(1, min(50, plan.updates // 20)), seed=seed, optimizer=plan.optimizer, warm_up=plan.warm_up, gradient_checkpointing=plan.gradient_checkpointing)
 
 
-def constant_pair(pair: tuple[float, float]) -> None:
+def check_pair(pair: tuple[float, float]) -> None:
     """Raise ValueError unless these are two probabilities."""
     if len(pair) != 2 or not all(0 <= value <= 1 for value in pair):
         raise ValueError(f"collected and beta are two probabilities each, before and after 60 % of a stage, not {pair}")
@@ -176,7 +179,7 @@ def preset(name: str, **changes) -> Plan:
     shipped = {"model": str(asset("scenes-pipeline"))} if name == "scenes" and not changes.get("model") else {}
     return plan_from({**PRESETS[name], **shipped, **changes})
 
-# %% ../../nbs/44_text2image.ipynb #bf532982
+# %% ../../nbs/44_text2image.ipynb #1b520550
 @dataclass
 class Pieces:
     """What one stage is trained with, and the grid and solver that its student is sampled with."""
@@ -201,12 +204,10 @@ class Pieces:
 def _pair(plan: Plan, base: TextDenoiser) -> tuple[TextDenoiser, TextDenoiser]:
     """The trainable student and the frozen teacher that begin as `base`."""
     if plan.adapters == "lora":
-        student = add_adapters(base, plan.rank)
+        student = add_adapters(base, plan.rank, seed=plan.seed)
         teacher: TextDenoiser = WithoutAdapters(student)
     else:
         student, teacher = copy.deepcopy(base).requires_grad_(True), base.eval().requires_grad_(False)
-    if plan.gradient_checkpointing:
-        student.network.enable_gradient_checkpointing()
     return student.train(), teacher
 
 # %% ../../nbs/44_text2image.ipynb #c958147b
