@@ -35,12 +35,12 @@ from .captions import CaptionedImages, Dropped, Entry, Item, pictures
 from .pipeline import TextToImage, time_ids
 
 # %% auto #0
-__all__ = ['PART', 'FORMAT', 'T', 'POSTERIORS', 'TYPES', 'cache_content', 'cache_key', 'estimate', 'build_cache', 'CachedText',
+__all__ = ['PART', 'FORMAT', 'POSTERIORS', 'TYPES', 'cache_content', 'cache_key', 'estimate', 'build_cache', 'CachedText',
            'CachedCaptions']
 
-# %% ../../nbs/43_cache.ipynb #87d203db
+# %% ../../nbs/43_cache.ipynb #51fd368e
 PART, FORMAT = 1024, 2  # entries in a part; raised when the layout changes
-T = TypeVar("T")
+_Found = TypeVar("_Found")
 POSTERIORS, TYPES = ("mean", "sample"), ("float16", "float32")
 
 
@@ -167,7 +167,7 @@ def _alive(process: int) -> bool:
         pass
     return True
 
-# %% ../../nbs/43_cache.ipynb #2718843c
+# %% ../../nbs/43_cache.ipynb #ce7bb396
 @dataclass
 class _Building:
     """A cache under construction in `place`, by one process (`rank`) of `world`."""
@@ -184,7 +184,7 @@ class _Building:
     needed: int | None = None  # bytes still to be written by all processes, where known
     captions: list[str] = field(default_factory=list)  # of all rows, when the pictures are done
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def together(self, work: Callable[[], _Found]) -> list[_Found]:
         """What `work` returns, small things, in each process. Where one fails, all do."""
         failure, found = None, None
         try:
@@ -234,7 +234,7 @@ class _Building:
             names = []
         parts = _Counted(_in_parts(stream(), self.content["part"]), None if self.items.count is None else -(-self.items.count // self.content["part"]))
         with ThreadPoolExecutor(self.workers) as pool:
-            for number, entries in self.bar(parts, "pictures" if self.content["size"] else "captions") if not shard else parts:
+            for number, entries in self.bar(parts, "pictures" if self.content["size"] else "captions") if len(self.items.streams()) == 1 else parts:
                 names.append(f"part-{shard:05}-{number:05}")
                 if number % world == (self.rank if world > 1 else 0) and not self._recall(names[-1]):
                     self.saved(names[-1], lambda aside: self._part(aside, entries, pool))
