@@ -164,9 +164,9 @@ def plan_from(values: dict) -> Plan:
         raise ValueError(f"a plan needs {' and '.join(missing)}")
     return Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-# %% ../../nbs/44_text2image.ipynb #f971fd28
+# %% ../../nbs/44_text2image.ipynb #2e044337
 PRESETS: dict[str, dict] = {
-    "scenes": dict(data="scenes:10000", size=32, stages=(32, 16, 8, 4), guidance_scale=4.0, updates=300, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048, posterior="mean", checkpoint_every=100),
+    "scenes": dict(data="scenes:10000", size=32, stages=(32, 16, 8, 4), guidance_scale=4.0, updates=200, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048, posterior="mean", checkpoint_every=100),
     "sd15-coco": dict(data_format="coco", size=512, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=64, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, processes=8),
     "ssd1b": dict(size=1024, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=32, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, capacity=2048, distribution="fsdp2", processes=8),
 }
