@@ -301,7 +301,7 @@ def _decisive(plan: Plan) -> dict:
     free = ("output", "cache", "processes", "nodes", "distribution", "device", "checkpoint_every", "compile_teacher", "check_weights", "model", "revision", "data", "data_format", "data_revision", "skip_limit")
     return json.loads(json.dumps({name: value for name, value in asdict(plan).items() if name not in free}))
 
-# %% ../../nbs/44_text2image.ipynb #95292fff
+# %% ../../nbs/44_text2image.ipynb #9b4010f0
 def _train_stage(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, shape: tuple[int, ...], place: Path, accelerator: Accelerator, identity: dict, bar: Bar) -> None:
     """Train the student of one stage and save it."""
     made = pieces(plan, steps, base, data, shape, Shard(accelerator.process_index, accelerator.num_processes)).frozen(plan)
@@ -312,6 +312,7 @@ def _train_stage(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: D
     student = trainer.finished()
     if accelerator.is_main_process:
         Sampler(student, made.grid, shape, made.solver, plan.guidance_scale, provenance).save(place / "student")
+    accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
 
 
