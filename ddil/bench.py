@@ -375,22 +375,30 @@ def memory_row(few: int = 10, many: int = 200) -> Row:
     ratios = [walk_bytes(solver, many) / walk_bytes(solver, few) for solver in SOLVERS.values()]
     return Row.of(f"memory of a walk of {many} steps ÷ of {few}, the worst of {len(ratios)} solvers", [max(ratios)], 1.05)
 
-# %% ../nbs/38_bench.ipynb #78a69c40
+# %% ../nbs/38_bench.ipynb #9d973c09
 def peak_resident(function: Callable[[], object]) -> int:
-    """Bytes by which a process, forked for this call alone, grows at most. Linux only; the parent must not have used threads of torch."""
+    """Bytes by which a process, forked for this call alone, grows at most. It computes with one thread, since a fork has none of its parent's. Linux only.
+
+    Raises RuntimeError with the error that the call raised there.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        before = _resident("VmRSS")
-        function()
-        os.write(write, str(_resident("VmHWM") - before).encode())
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)
+            before = _resident("VmRSS")
+            function()
+            os.write(write, str(_resident("VmHWM") - before).encode())
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}"[:4000].encode())
+        finally:
+            os._exit(0)  # never back into the caller's code, of which this process is a copy
     os.close(write)
     with os.fdopen(read) as told:
         grown = told.read()
     os.waitpid(child, 0)
-    if not grown:
-        raise RuntimeError("the measured call failed in its process")
+    if not grown.lstrip("-").isdigit():
+        raise RuntimeError(f"the measured call failed in its process: {grown or 'it was killed'}")
     return int(grown)
 
 

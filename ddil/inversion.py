@@ -156,8 +156,8 @@ def project(embeddings: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
     """Ids, (tokens,), among `allowed` of the rows of `table` nearest to `embeddings`, (tokens, width)."""
     return allowed[torch.cdist(embeddings, table[allowed]).argmin(1)]
 
-# %% ../nbs/47_inversion.ipynb #23d8c928
-OPTIMIZERS = {"gradient": (1.0, 1), "adam": (0.1, 1), "lbfgs": (0.8, 20)}  # with default rates, and evaluations from projection to projection
+# %% ../nbs/47_inversion.ipynb #812bfd09
+OPTIMIZERS = {"gradient": (1.0, 1), "adam": (0.3, 1), "lbfgs": (0.8, 20)}  # with default rates, and evaluations from projection to projection
 INNER = 20  # evaluations of one update of L-BFGS
 
 

@@ -102,7 +102,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{type(inner).__name__} has no gradient checkpointing ({error}): set gradient_checkpointing=False") from error
 
-# %% ../nbs/18_train.ipynb #32dd7ec1
+# %% ../nbs/18_train.ipynb #547a0e65
 def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator:
     """Accelerate's view of this process: `device` "auto", "cpu" or "cuda" (each process its own; choose cards by CUDA_VISIBLE_DEVICES); `precision` "no", "bf16" or "fp16".
 
@@ -116,7 +116,7 @@ def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator
         accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=precision)
     meant = int(os.environ.get("DDIL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     if accelerator.num_processes != meant:
-        raise RuntimeError(f"launched as {meant} processes but accelerate sees {accelerator.num_processes}: start with ddil.launch, `accelerate launch` or `python -m torch.distributed.run`")
+        raise RuntimeError(f"launched as {meant} processes but accelerate sees {accelerator.num_processes}: start with `python -m torch.distributed.run`, `accelerate launch` or ddil.launch")
     return accelerator
 
 # %% ../nbs/18_train.ipynb #e8865078
@@ -147,11 +147,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 class NonFiniteLoss(FloatingPointError):
     """Training diverged: the loss or a gradient is not a finite number."""
 
-# %% ../nbs/18_train.ipynb #2b550ca0
+# %% ../nbs/18_train.ipynb #eeeda206
 class Trainer:
     """Trains `student` by `method` on the states of `rollin`.
 
-    With a `folder` the run logs to folder/log.jsonl, writes checkpoints and resumes from the latest one. Over several processes each holds a replica and its share of every batch.
+    With a `folder` the run logs to folder/log.jsonl, writes checkpoints and resumes from the latest one. Over several processes each has its share of every batch, and holds of the networks what
+    the distribution says (ddil.distribution).
     `progress` wraps the range of updates (for example in tqdm). `identity`: plain values that decide the run beside settings, method and shapes
     (teacher, data, …); a checkpoint of another identity is refused.
     """

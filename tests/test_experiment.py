@@ -146,6 +146,7 @@ def test_the_ablation(tmp_path: Path) -> None:
     rows = {(row["arm"], row["metric"]): row for row in read_results(tmp_path)["rows"]}
     assert {arm for arm, _ in rows} >= {"teacher", "priors: forward", "priors: student alone", "steps: + both, 4 steps", "difference, priors: + student − forward", "difference, steps: + both, 2 steps − forward, 2 steps"}
     assert rows["priors: forward", "updates"]["mean"] < rows["priors: student alone", "updates"]["mean"], "stored labels are not paid for twice"
+    assert rows["difference, steps: + both, 2 steps − forward, 2 steps", "mode KL"]["steps"] == 2 and rows["difference, priors: + student − forward", "mode KL"]["steps"] == 8
     assert all(abs(row["mean"] / 2000 - 1) < .25 for (_, metric), row in rows.items() if metric == "evaluations of training")
     assert rows["priors: + both", "mode KL"]["mean"] == rows["steps: + both, 8 steps", "mode KL"]["mean"]
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
@@ -164,3 +165,7 @@ def test_the_comparison(tmp_path: Path) -> None:
     metrics = {row["metric"] for row in read_results(tmp_path / "second")["rows"]}
     assert {f"Fréchet to data, budget {budget} (mixture)" for budget in (1000, 2000)} <= metrics
     assert "-p samples 40" in alone(run_experiment, ROOT / "experiments/compare.ipynb", {**again, "samples": 50})
+    for changed, told in (({"seeds": [0, 2]}, "-p seeds 0,1"), ({"steps": [1, 4]}, "no samplers of 4 steps, only of 1, 2"), ({"methods": "progressive, walks"}, "no results of walks, only of consistency, progressive"),
+                          ({"budgets": [1000, 2000]}, "leave it out of -p budgets"), ({"problem": "digits"}, "no results on the problem")):
+        assert told in alone(run_experiment, ROOT / "experiments/compare.ipynb", {**again, **changed, "output": str(tmp_path / "third")}), changed
+    assert not (tmp_path / "third").exists()

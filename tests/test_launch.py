@@ -35,15 +35,15 @@ from ddil.solvers import consistency
 from ddil.states import Teacher
 from ddil.train import Settings, Trainer, latest_checkpoint, make_accelerator
 
-ROUNDING = 5e-5  # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by 0.0017 and more
-SETTINGS: dict[str, Any] = {"updates": 6, "batch": 8, "learning_rate": 1e-3, "warm_up": 2, "ema": 0.9, "accumulate": 2, "checkpoint_every": 2, "log_every": 1, "gradient_checkpointing": True}
+ROUNDING = 2e-5  # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by 0.001 and more
+SETTINGS: dict[str, Any] = {"updates": 4, "batch": 8, "learning_rate": 1e-3, "warm_up": 2, "ema": 0.9, "accumulate": 2, "checkpoint_every": 2, "log_every": 1, "gradient_checkpointing": True}
 
 
 def student_of(frozen: bool = False) -> TextDenoiser:
     """A small U-Net of Stable Diffusion's class with random weights; `frozen`: only its last layer learns."""
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    network = UNet2DConditionModel(8, 4, 4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4, **blocks)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
+    network = UNet2DConditionModel(8, 4, 4, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4, **blocks)
     student = TextDenoiser(network, Cosine(), "v", null_embedding=torch.randn(3, 8))
     if frozen:
         network.requires_grad_(False).conv_out.requires_grad_(True)
@@ -70,9 +70,9 @@ def learnt(run: Trainer) -> dict[str, Tensor]:
 
 
 def stopping(steps: Iterable[int]) -> Iterator[int]:
-    """Interrupts after five updates."""
+    """Interrupts after three updates."""
     for step in steps:
-        if step == 5:
+        if step == 3:
             raise KeyboardInterrupt
         yield step
 
@@ -124,14 +124,14 @@ def test_two_processes_learn_what_one_does(distribution: str, runs: dict[str, An
     one, two = runs["alone"][0], runs[distribution][0]
     assert tiny.largest_difference(one, two) < ROUNDING
     moved = [(one[name] - value).abs().max().item() for name, value in runs["start"].items() if "null_embedding" not in name]
-    assert min(moved) > 30 * ROUNDING and any(not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of()))
+    assert min(moved) > 50 * ROUNDING and any(not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of()))
 
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp2"])
 def test_it_resumes_where_it_was(distribution: str, runs: dict[str, Any], tmp_path: Path) -> None:
-    """Interrupted after five updates and resumed from the fourth: to the last bit the uninterrupted run."""
+    """Interrupted after three updates and resumed from the second: to the last bit the uninterrupted run."""
     half = together(distribution, tmp_path / "half.safetensors", tmp_path / "run", interrupt=True)
-    assert latest_checkpoint(tmp_path / "run").name == "update-00000004"
+    assert latest_checkpoint(tmp_path / "run").name == "update-00000002"
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     whole, resumed = runs[distribution][0], together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run")
     assert tiny.largest_difference(resumed, whole) == 0 < tiny.largest_difference(half, whole)
@@ -195,12 +195,19 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> str:
     return "launched"
 
 
+def running(pid: int) -> bool:
+    """Whether there is such a process, dead ones that nobody has asked about left out."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def test_a_failing_process_is_told_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error holds the last lines of the one that failed; the other does not go on alone."""
     name = module(tmp_path, monkeypatch, "(task / rank).write_text(str(os.getpid()))\nif rank == '1':\n    raise ValueError('no latents for row 17')\ntime.sleep(600)\n")
     with pytest.raises(RuntimeError, match="ValueError: no latents for row 17"):
         launch(tmp_path, name, processes=2, device="cpu")
-    assert not psutil.pid_exists(int((tmp_path / "0").read_text()))
+    assert not running(int((tmp_path / "0").read_text()))
 
 
 def _launch(folder: Path, name: str, path: str) -> None:
@@ -220,4 +227,4 @@ def test_an_interrupted_launch_leaves_nothing_behind(tmp_path: Path, monkeypatch
         time.sleep(0.05)
     os.kill(launcher.pid, signal.SIGINT)
     launcher.join(tiny.DEADLINE)
-    assert launcher.exitcode == 1 and not any(psutil.pid_exists(int((tmp_path / rank).read_text())) for rank in "01")
+    assert launcher.exitcode == 1 and not any(running(int((tmp_path / rank).read_text())) for rank in "01")

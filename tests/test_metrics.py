@@ -12,7 +12,7 @@ from forked import PROCESSES
 
 from ddil.artifact import Sampler
 from ddil.data import digits, digits_classifier, digits_teacher
-from ddil.metrics import Figure, NetworkFeatures, Reference, judge, moments_of
+from ddil.metrics import Figure, NetworkFeatures, Reference, features_of, judge, moments_of
 from ddil.schedule import uniform_grid
 
 COUNT = 61  # not a multiple of batches or processes
@@ -34,8 +34,15 @@ def _process(rank: int, port: int, path: Path) -> None:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    found = figures(7, make_accelerator("cpu"))
-    torch.save({name: figure.value for name, figure in found.items()}, path.with_name(f"{path.name}-{rank}"))
+    accelerator, told = make_accelerator("cpu"), []
+    found = figures(7, accelerator)
+    classifier = digits_classifier()
+    extractor, draw = NetworkFeatures(classifier, classifier.features, "digits classifier"), lambda ids: torch.full((len(ids), 1, 8, 8), torch.nan if rank else 0.0)
+    for measure in (features_of, moments_of):  # only the second process has pictures that are not finite
+        with pytest.raises(ValueError) as error:
+            measure(draw, COUNT, extractor, 7, accelerator)
+        told.append(str(error.value))
+    torch.save({name: figure.value for name, figure in found.items()} | {"told": told}, path.with_name(f"{path.name}-{rank}"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def test_batches_of_7_and_64(alone: dict[str, Figure]) -> None:
 
 
 def test_two_processes_and_one(alone: dict[str, Figure], tmp_path: Path) -> None:
-    """Both get the figure of all pictures, and the same."""
+    """Both get the figure of all pictures, and the same; and where one has pictures that cannot be judged, both say so instead of waiting for each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,5 +73,8 @@ def test_two_processes_and_one(alone: dict[str, Figure], tmp_path: Path) -> None
         worker.join(600)
     assert [worker.exitcode for worker in workers] == [0, 0]
     found = [torch.load(tmp_path / f"figures-{rank}", weights_only=True) for rank in (0, 1)]
+    told = [part.pop("told") for part in found]
+    assert all(message.startswith("digits classifier gave features that are not finite") for message in told[1])
+    assert all(message.startswith("other processes could not") and "process 1: ValueError: digits classifier gave" in message for message in told[0])
     assert found[0] == found[1]
     close(found[0], alone)

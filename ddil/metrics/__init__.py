@@ -33,7 +33,7 @@ _all_ = ["KERNELS", "Moments", "class_accuracy", "density_coverage", "endpoint_e
          "nearest_distance", "psnr", "sliced_wasserstein", "wasserstein", "Clip", "Extractor", "FolderImages", "Images", "InceptionFeatures", "NetworkFeatures", "PerceptualDistance",
          "features_of", "moments_of", "perceptual_diversity", "to_bytes", "weights_hash", "Estimate", "bootstrap_interval", "mean_interval", "paired_difference"]
 
-# %% ../../nbs/28_metrics.ipynb #e13b4dde
+# %% ../../nbs/28_metrics.ipynb #8c31f372
 @dataclass(frozen=True)
 class Protocol:
     """How a figure was measured. Figures of one metric are comparable if these agree; the number of evaluations (NFE) may differ, since it is what samplers are compared by.
@@ -56,7 +56,8 @@ class Protocol:
     def fields(self) -> dict[str, Any]:
         """Plain values, for the protocol of `ddil.results.write_results`."""
         plain = asdict(self)
-        return {name.replace("_", " "): value for name, value in ({**plain, **plain.pop("further")}).items() if name != "metric"}
+        further = plain.pop("further")
+        return {name.replace("_", " "): value for name, value in {**plain, **further}.items() if name != "metric"}
 
 
 @dataclass(frozen=True)

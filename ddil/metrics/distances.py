@@ -15,7 +15,7 @@ from torch import Tensor
 from ..noise import generator
 
 # %% auto #0
-__all__ = ['KERNELS', 'DENSE', 'SPARE', 'endpoint_error', 'psnr', 'class_accuracy', 'Moments', 'frechet_distance', 'mmd',
+__all__ = ['KERNELS', 'DENSE', 'SPARE', 'REACH', 'endpoint_error', 'psnr', 'class_accuracy', 'Moments', 'frechet_distance', 'mmd',
            'wasserstein', 'sliced_wasserstein', 'inception_score', 'density_coverage', 'nearest_distance',
            'mode_shares', 'mode_kl']
 
@@ -105,7 +105,7 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 rows, not {self.n}")
         return self.scatter / (self.n - 1)
 
-# %% ../../nbs/26_distances.ipynb #b9900479
+# %% ../../nbs/26_distances.ipynb #e8d5de2e
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """Squared Fréchet distance of the Gaussians fitted to features `a` (n, …) and `b` (m, …), or with these Moments (Heusel et al. 2017).
 
@@ -113,6 +113,9 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     Rounding may leave a value slightly below 0 for equal sets. Raises ValueError for fewer than 2 rows, unequal d, or what is not finite.
     """
     a, b = (side if isinstance(side, Moments) else Moments.of(side, f"features {name}") for name, side in (("a", a), ("b", b)))
+    for name, side in (("a", a), ("b", b)):
+        if side.n < 2:
+            raise ValueError(f"features {name}: a covariance needs at least 2 rows, not {side.n}")
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features a and b must have the same number of features, not {len(a.mean)} and {len(b.mean)}")
     one, other = a.covariance, b.covariance.to(a.mean.device)
@@ -265,18 +268,20 @@ def _settled(points: Tensor, best: Tensor, who: Tensor, error: Tensor, k: int) -
             radii[rows] = distance.kthvalue(k + 1, dim=1).values
     return radii
 
-# %% ../../nbs/26_distances.ipynb #783536ed
+# %% ../../nbs/26_distances.ipynb #541c4b8a
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) -> dict[str, float]:
     """Precision, recall, density and coverage of features `fake` (m, …) against `real` (n, …), with `k` neighbours for all four (Naeem et al. 2020).
 
-    Strictly inside a ball counts, so all-equal points give 0; exact to float64. `block`: memory is a few block × block float32; it does not change the result.
+    Strictly inside a ball counts, so all-equal points give 0; exact to float64, in whatever units. `block`: memory is a few block × block float32; it does not change the result.
+    Features of two precisions are compared in the finer one.
     Raises ValueError unless 1 <= k < min(n, m), for unequal d, or for what is not finite. Agrees with the package prdc.
     """
     real, fake = _matrix(real, "real features", 2, double=False), _matrix(fake, "fake features", 2, double=False)
     _same_width(real, fake, "real and fake features")
     if not 1 <= k < min(len(real), len(fake)) or block < 1:
         raise ValueError(f"k = {k} neighbours need 1 <= k < {min(len(real), len(fake))}, as there are {len(real)} real and {len(fake)} fake samples, and a block of at least 1, not {block}")
-    fake, centre = fake.to(real), real[:4096].mean(0)
+    real, fake = _in_reach(real.to(torch.promote_types(real.dtype, fake.dtype)), fake.to(real.device, torch.promote_types(real.dtype, fake.dtype)), block)
+    centre = real[:4096].mean(0)
     radii = _radii(real, k, block), _radii(fake, k, block)
     balls, covered, recalled = (torch.zeros(n, dtype=torch.long, device=real.device) for n in (len(fake), len(real), len(real)))
     reals, fakes = _Tiles(real, block), _Tiles(fake, block)
@@ -291,6 +296,18 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) 
             recalled[rows] |= of_fakes.any(1)
     share = lambda counts: (counts > 0).double().mean().item()
     return {"precision": share(balls), "recall": share(recalled), "density": balls.sum().item() / (k * len(fake)), "coverage": share(covered)}
+
+
+REACH = 2.0**30  # centred norms up to this, and down to its inverse, have squares and rounding errors that float32 holds
+
+
+def _in_reach(real: Tensor, fake: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Both as they are, if float32 holds the squares of their centred norms; else in float64 and divided by about the largest of them: by a power of 2, so that nothing is rounded."""
+    centre = real[:4096].double().mean(0)
+    largest = max((part.double() - centre).abs().max().item() for points in (real, fake) for part in points.split(block)) * real.shape[1] ** 0.5
+    if largest == 0 or 1 / REACH < largest < REACH:
+        return real, fake
+    return torch.ldexp(real.double(), unit := torch.tensor(-math.frexp(largest)[1])), torch.ldexp(fake.double(), unit)
 
 
 def _inside(square: Tensor, bound: Tensor, radius: Tensor, a: Tensor, b: Tensor) -> Tensor:

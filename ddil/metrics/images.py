@@ -55,7 +55,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
     rgb = images.detach().float().cpu().expand(-1, 3, -1, -1)
     return ((rgb / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
-# %% ../../nbs/27_images.ipynb #3fbf0e0c
+# %% ../../nbs/27_images.ipynb #ee18bb14
 class Extractor(Protocol):
     """What turns pictures (n, channels, height, width) in [-1, 1] into features (n, d). `weights`: a hash of them; `resize`: how it brings pictures to its size."""
 
@@ -76,7 +76,10 @@ def weights_hash(network: nn.Module) -> str:
 
 
 class NetworkFeatures:
-    """Features by a function of `network`, on pictures as they are: NetworkFeatures(classifier, classifier.features, "digits classifier")."""
+    """Features by a function of `network`, on pictures as they are: NetworkFeatures(classifier, classifier.features, "digits classifier").
+
+    Raises ValueError when it is asked while the network is in training mode, in which dropout and batch statistics would decide the features.
+    """
 
     resize = "none"
 
@@ -84,6 +87,8 @@ class NetworkFeatures:
         self.network, self.features, self.name, self.weights = network, features, name, weights_hash(network)
 
     def __call__(self, images: Tensor) -> Tensor:
+        if self.network.training:
+            raise ValueError(f"{self.name} is in training mode, where dropout and batch statistics change its features: call .eval() on it first")
         with torch.inference_mode():
             return self.features(images.float()).flatten(1)
 
@@ -117,7 +122,7 @@ class InceptionFeatures:
         with torch.inference_mode():
             return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)).float()
 
-# %% ../../nbs/27_images.ipynb #4f40dc87
+# %% ../../nbs/27_images.ipynb #5fb8b387
 def _judged(images: Images, count: int, extractor: Extractor, batch_size: int, accelerator: Accelerator | None, progress: bool) -> Iterator[Tensor]:
     """Features of the pictures of this process' share of the ids 0 … count - 1, batch after batch."""
     if count < 1 or batch_size < 1:
@@ -131,28 +136,42 @@ def _judged(images: Images, count: int, extractor: Extractor, batch_size: int, a
         yield features
 
 
-def features_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Tensor:
-    """Features (count, d), on the CPU, of the pictures of the ids 0 … count - 1, in that order and on all processes."""
-    parts = [features.cpu() for features in _judged(images, count, extractor, batch_size, accelerator, progress)]
+def _shares(make: Callable[[], object], accelerator: Accelerator | None) -> list:
+    """What `make()` gives on each process, on all of them. Where it fails on one, all raise: the others would wait for that one's share for ever."""
     if accelerator is None or accelerator.num_processes == 1:
-        return torch.cat(parts)
+        return [make()]
     from accelerate.utils import gather_object
 
-    return torch.cat([torch.from_numpy(share) for share in gather_object([torch.cat(parts).numpy()] if parts else [])])
+    share, failed = None, None
+    try:
+        share = make()
+    except Exception as error:  # whatever it is, the others have to hear of it
+        failed = error
+    told = gather_object([(share, None if failed is None else f"process {accelerator.process_index}: {type(failed).__name__}: {failed}")])
+    if failed is not None:
+        raise failed
+    if failures := [message for _, message in told if message is not None]:
+        raise ValueError(f"other processes could not make their share of the pictures ({'; '.join(failures)})")
+    return [share for share, _ in told]
+
+
+def features_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Tensor:
+    """Features (count, d), on the CPU, of the pictures of the ids 0 … count - 1, in that order and on all processes."""
+    mine = lambda: [features.cpu() for features in _judged(images, count, extractor, batch_size, accelerator, progress)]
+    return torch.cat([part for share in _shares(mine, accelerator) for part in share])
 
 
 def moments_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Moments:
     """The moments of these features, without keeping them: all that the Fréchet distance needs."""
-    total = Moments()
-    for features in _judged(images, count, extractor, batch_size, accelerator, progress):
-        total = total.join(Moments.of(features))
-    if accelerator is None or accelerator.num_processes == 1:
-        return total
-    from accelerate.utils import gather_object
+    def mine() -> Moments:
+        total = Moments()
+        for features in _judged(images, count, extractor, batch_size, accelerator, progress):
+            total = total.join(Moments.of(features))
+        return total if accelerator is None or accelerator.num_processes == 1 or not total.n else Moments(total.n, total.mean.cpu(), total.scatter.cpu())
 
     joined = Moments()
-    for n, mean, scatter in gather_object([(total.n, total.mean.cpu().numpy(), total.scatter.cpu().numpy())] if total.n else []):
-        joined = joined.join(Moments(n, torch.from_numpy(mean), torch.from_numpy(scatter)))
+    for share in _shares(mine, accelerator):
+        joined = joined.join(share)
     return joined
 
 # %% ../../nbs/27_images.ipynb #0ee2c118

@@ -57,10 +57,12 @@ def paired_difference(a: Mapping[int, float] | Sequence[float], b: Mapping[int, 
     pairs = [(a[seed], b[seed]) for seed in a] if isinstance(a, Mapping) else list(zip(a, b))
     return mean_interval([second - first for first, second in pairs], level)
 
-# %% ../../nbs/25_intervals.ipynb #4c88f9bc
+# %% ../../nbs/25_intervals.ipynb #5bbde0b2
 def bootstrap_interval(figure: Callable[..., float], *samples: Tensor, level: float = 0.95, draws: int = 200, seed: int = 0) -> Estimate:
     """The figure of `samples` (each of shape (n, …); rows of equal number are drawn together) with its basic bootstrap interval; n of the estimate counts the rows of the first.
 
+    The interval is about the limit of many samples: the bias that few samples give the figure is taken off, so that a biased figure (a Fréchet distance) may lie outside.
+    Not valid for figures of nearest neighbours (coverage, density, precision, recall), among whom a repeated row finds itself: use `mean_interval` over seeds.
     Raises ValueError for no samples, fewer than 20 draws, or a level outside (0, 1).
     """
     if not samples or min(len(part) for part in samples) < 2:

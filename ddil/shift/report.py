@@ -26,9 +26,9 @@ from .marginals import marginal_distances
 from ..states import Data
 
 # %% auto #0
-__all__ = ['Quality', 'SHARES', 'MODES', 'ShiftReport', 'shift_report', 'report_figure', 'as_pictures', 'Explorer']
+__all__ = ['Quality', 'SHARES', 'MODES', 'ShiftReport', 'shift_report', 'is_labels', 'report_figure', 'as_pictures', 'Explorer']
 
-# %% ../../nbs/33_report.ipynb #f85decf8
+# %% ../../nbs/33_report.ipynb #f0629220
 Quality = Callable[[Tensor, Cond], float]
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the teacher, in mixed inference; the ends are student alone and teacher alone
 
@@ -59,10 +59,12 @@ def shift_report(teacher: Sampler, student: Sampler, ids: Sequence[int] = range(
                  distance: PerceptualDistance | None = None, shares: Sequence[float] = SHARES, seed: int = 0, batch_size: int = 256) -> ShiftReport:
     """The laboratory's answers for one student and its teacher; draw them with `report_figure`. All walks start from the noise of `ids` under `seed`.
 
-    `data`: for the error on forward states and the distance from noised data. `distance`: for LPIPS. The student's times must be every k-th of the teacher's.
+    `cond`: whatever the networks take; labels, that is integers (n,) of which some are equal, also group the samples for the distance within a group.
+    `data`: for the error on forward states and the distance from noised data. `distance`: for LPIPS. `batch_size`: rows that a network is asked for at once.
+    Raises ValueError for times that are not every k-th of the teacher's, a student that is not sampled with DDIM, or a teacher with a multistep or stochastic solver.
     """
     path = teacher.sample(ids, cond, seed=seed, batch_size=batch_size, trajectory=True)
-    groups = cond if isinstance(cond, Tensor) and not cond.is_floating_point() else None
+    groups = cond if is_labels(cond) else None
     errors = {"distance to the teacher's sample": lambda samples, cond: (samples - path[-1]).square().mean().sqrt().item(), **(quality or {})}
     driven = lambda drivers: drive(teacher, student, drivers, ids, cond, seed=seed, batch_size=batch_size)
     told = lambda walks: {metric: [measure(samples, cond) for samples in walks] for metric, measure in errors.items()}
@@ -72,12 +74,18 @@ def shift_report(teacher: Sampler, student: Sampler, ids: Sequence[int] = range(
     samples = walks["student"][-1]
     strips = {"teacher": path[-1], **{f"teacher until t = {t:.3g}": walks["teacher"][node] for node, t in enumerate(student.grid.tolist()) if 0 < node < student.steps}, "student": samples}
     return ShiftReport(
-        student.grid.tolist(), covariate_shift(student, teacher, ids, cond, data, seed, path), marginal_distances(student, teacher, ids, cond, data, seed=seed, batch_size=batch_size, teacher_path=path),
+        student.grid.tolist(), covariate_shift(student, teacher, ids, cond, data, seed, path, batch_size), marginal_distances(student, teacher, ids, cond, data, seed=seed, batch_size=batch_size, teacher_path=path),
         list(shares), told([driven(mixed_drivers(share, student.steps, ids, seed)) for share in shares]), {first: told(part) for first, part in walks.items()}, growth,
         growth_exponent(growth) if len(growth) > 1 and all(bool(part.any()) for part in growth.values()) else None,
         map_preservation(samples, path[-1], None if groups is None else groups.to(samples.device), distance), {name: part[:12].cpu() for name, part in strips.items()})
 
-# %% ../../nbs/33_report.ipynb #6117d790
+# %% ../../nbs/33_report.ipynb #2f3543fa
+def is_labels(cond: Cond) -> bool:
+    """Whether a condition groups its samples: integers (n,) of which at least two are equal. Indices of captions that differ, tokens and embeddings do not."""
+    whole = isinstance(cond, Tensor) and not (cond.is_floating_point() or cond.is_complex())
+    return whole and cond.ndim == 1 and len(cond.unique()) < len(cond)
+
+# %% ../../nbs/33_report.ipynb #2d252f09
 def report_figure(report: ShiftReport, title: str = "") -> Picture:
     """One figure of everything in a report."""
     pictured = {name: images for name, part in report.samples.items() if (images := as_pictures(part)) is not None}
@@ -121,11 +129,12 @@ def _imitation(ax, report: ShiftReport) -> None:
 
 def _walks(ax, report: ShiftReport) -> None:
     ax.plot(report.times[1:], report.imitation["path"], "o-", ms=4, color="black", label="its path from its teacher's (rms)")
-    for kind, style, label in (("teacher", "s-", "its states from its teacher's (sliced W.)"), ("forward", "^:", "its states from noised data (sliced W.)"), ("chance", "--", "chance (sliced W.)")):
+    for kind, style, label in (("teacher", "s-", "from its teacher's crowd, same noise (sliced W.)"), ("other noise", "s:", "from its teacher's crowd, other noise"), ("forward", "^:", "from noised data"),
+                              ("chance", "--", "chance: teacher's crowds of two noises")):
         if kind in report.marginals and "sliced Wasserstein" in report.marginals[kind]:
             ax.plot(report.times[1:], report.marginals[kind]["sliced Wasserstein"], style, ms=4, lw=1, label=label)
     ax.set(title="how far the student strays", xlabel="t", xlim=(1.04, -0.04))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.8 * ax.get_ylim()[1])  # room for the legend
 
 
 def _first(values: Mapping[str, Sequence[float]]) -> str:

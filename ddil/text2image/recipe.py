@@ -43,7 +43,7 @@ from ..train import Settings, Trainer, make_accelerator
 __all__ = ['METHODS', 'CHOICES', 'PRESETS', 'PARTS', 'Bar', 'Plan', 'trainer_settings', 'check_pair', 'plan_from', 'preset',
            'Pieces', 'pieces', 'scene_items', 'items_of', 'cached', 'distil_text', 'run_plan']
 
-# %% ../../nbs/44_text2image.ipynb #621f6333
+# %% ../../nbs/44_text2image.ipynb #ed858dca
 METHODS = ("PD", "LCM", "SFD")
 CHOICES = {"method": METHODS, "adapters": ("full", "lora"), "precision": ("no", "bf16", "fp16"), "optimizer": ("adamw", "adamw8bit"), "reflection": ("off", "static", "dynamic"),
            "distribution": ("ddp", "fsdp2", "zero2"), "posterior": ("sample", "mean"), "mixing": ("batch", "sample")}
@@ -106,6 +106,8 @@ class Plan:
         world = self.processes * self.nodes
         if self.processes < 1 or self.nodes < 1 or self.batch % max(1, world * self.accumulate):
             problems.append(f"a batch of {self.batch} cannot be shared by {self.processes} processes on {self.nodes} nodes in {self.accumulate} parts each: choose a multiple of {max(1, world * self.accumulate)}")
+        if self.method != "SFD" and any(self.collected) and self.capacity < self.batch * max(self.stages[1:], default=1):
+            problems.append(f"capacity {self.capacity} cannot hold one trajectory for each row of the batch: choose {self.batch * max(self.stages[1:])} or more, or a smaller batch")
         if self.adapters == "lora" and (self.rank < 1 or self.compile_teacher):
             problems.append("adapters need a rank of at least 1, and their teacher, which is the student's own network, cannot be compiled apart from it")
         if problems:
