@@ -92,7 +92,7 @@ def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
         meeting = [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
     return [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", "-m", module, str(task)]
 
-# %% ../nbs/45_launch.ipynb #c1fc4d19
+# %% ../nbs/45_launch.ipynb #06587c9c
 def launch(task: str | Path, module: str, distribution: str = "ddp", processes: int = 1, nodes: int = 1, device: str = "auto") -> None:
     """Run `python -m module task` in `processes` processes on each of `nodes` machines, and show what they say.
 
@@ -108,17 +108,15 @@ def launch(task: str | Path, module: str, distribution: str = "ddp", processes: 
             for line in run.stdout:
                 ending.append(line)
                 print(line, end="", file=sys.stderr)
-        finally:
+        except BaseException:
             _end(run)
+            raise
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(ending)}")
 
 
 def _end(run: subprocess.Popen, patience: float = 3.0) -> None:
-    """Wait for the launcher; if it still runs because we were interrupted, end it and all that it started."""
-    if sys.exc_info()[0] is None:
-        run.wait()
-        return
+    """End the launcher and all that it started."""
     try:
         family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
