@@ -54,7 +54,7 @@ scenes: .installed ## train the text-to-image model of captioned scenes anew int
 text2image: .installed ## distil the scenes model by every method into runs/text2image (another model: make text2image ARGS="-p preset sd15-coco -p model …")
 	$(call experiment,text2image,runs/text2image,$(ARGS))
 
-reference: .installed ## make the reference results of experiments/reference anew (eight hours on two cores)
+reference: .installed ## make the reference results of experiments/reference anew (twelve hours on two cores)
 	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
 	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
 	$(call experiment,solvers,runs/reference/solvers,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
@@ -73,8 +73,14 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(BIN)/python tools/keep.py runs/reference/covariate_shift experiments/reference/covariate_shift
 	$(call experiment,compare,runs/reference/compare,-p budgets 15000$(comma)45000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p also experiments/reference/trajectory_methods)
 	$(BIN)/python tools/keep.py runs/reference/compare experiments/reference/compare
-	$(call experiment,text2image,runs/reference/text2image,-p seeds 0$(comma)1$(comma)2)
+	$(call experiment,scenes,runs/reference/scenes)
+	$(BIN)/python tools/keep.py runs/reference/scenes experiments/reference/scenes
+	$(call experiment,text2image,runs/reference/text2image,-p seeds 0$(comma)1)
 	$(BIN)/python tools/keep.py runs/reference/text2image experiments/reference/text2image
+	$(call experiment,prompt_inversion,runs/reference/prompt_inversion,-p count 16 -p restarts 2 -p updates 150 -p per_prompt 6 -y 'students: {$(subst ;,$(comma) ,$(scenes_students))}')
+	$(BIN)/python tools/keep.py runs/reference/prompt_inversion experiments/reference/prompt_inversion
+	$(call experiment,covariate_shift,runs/reference/covariate_shift-scenes,-p problems scenes -p scenes_updates 200 -p samples 150 -p seeds 0$(comma)1)
+	$(BIN)/python tools/keep.py runs/reference/covariate_shift-scenes experiments/reference/covariate_shift-scenes
 	$(BIN)/nbdev_clean --fname experiments
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
@@ -82,6 +88,8 @@ clean: ## remove caches and build products (keeps runs/ and the environment)
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 comma := ,
+students := runs/reference/text2image/students
+scenes_students := PD: $(students)/PD/seed-0/8-to-4/student;PD + DDIL: $(students)/PD-DDIL/seed-0/8-to-4/student;LCM: $(students)/LCM/seed-0/40-to-4/student;LCM + DDIL: $(students)/LCM-DDIL/seed-0/40-to-4/student;LCM-LoRA: $(students)/LCM-LoRA/seed-0/40-to-4/student;SFD: $(students)/SFD/seed-0/32-to-4/student
 
 # $(call experiment,NAME,FOLDER,PARAMETERS): run experiments/NAME.ipynb with FOLDER as its output
 define experiment

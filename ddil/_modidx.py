@@ -309,6 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                 'ddil.inversion.Problem.__post_init__': ('inversion.html#problem.__post_init__', 'ddil/inversion.py'),
                                 'ddil.inversion.Problem.draw': ('inversion.html#problem.draw', 'ddil/inversion.py'),
                                 'ddil.inversion.Problem.error': ('inversion.html#problem.error', 'ddil/inversion.py'),
+                                'ddil.inversion.Problem.held_out': ('inversion.html#problem.held_out', 'ddil/inversion.py'),
                                 'ddil.inversion.Problem.loss': ('inversion.html#problem.loss', 'ddil/inversion.py'),
                                 'ddil.inversion.Problem.table': ('inversion.html#problem.table', 'ddil/inversion.py'),
                                 'ddil.inversion._check_model': ('inversion.html#_check_model', 'ddil/inversion.py'),

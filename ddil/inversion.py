@@ -20,7 +20,7 @@ from .noise import generator
 from .text2image.pipeline import TextToImage
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'INNER', 'HELD_OUT', 'CHECKS', 'vocabulary', 'text_of', 'reads_back', 'prompt_conditions', 'Draw',
+__all__ = ['HELD_OUT', 'OPTIMIZERS', 'INNER', 'CHECKS', 'vocabulary', 'text_of', 'reads_back', 'prompt_conditions', 'Draw',
            'Problem', 'project', 'Descent', 'Inversion', 'invert']
 
 # %% ../nbs/47_inversion.ipynb #ab6856f7
@@ -75,7 +75,10 @@ def _check_model(model: TextToImage) -> None:
         raise ValueError("SDXL has two text encoders with an embedding table each, and one prompt cannot be searched in both: invert with a Stable Diffusion model")
     model.need("text_encoders")
 
-# %% ../nbs/47_inversion.ipynb #9bb48b2c
+# %% ../nbs/47_inversion.ipynb #a4883a29
+HELD_OUT = 32  # states by which prompts are compared
+
+
 @dataclass
 class Draw:
     """Noisy states z, (n, c, h, w), of some latents, the noise eps in them, and their times, (n,)."""
@@ -95,6 +98,7 @@ class Problem:
     seed: int = 0
     denoiser: TextDenoiser = field(init=False)
     evaluations: int = field(init=False, default=0)  # passes of the text encoder
+    _known: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_model(self.model)
@@ -125,6 +129,13 @@ class Problem:
         x_hat = self.denoiser(draw.z, draw.t, cond.expand(len(draw.z), -1, -1))
         eps = from_x("eps", x_hat, draw.z, *coefficients(self.model.schedule, draw.t, draw.z))
         return (eps - draw.eps).square().mean()
+
+    @torch.no_grad()
+    def held_out(self, ids: tuple[int, ...]) -> float:
+        """The loss of the prompt of some tokens on states kept apart; each prompt is asked once."""
+        if ids not in self._known:
+            self._known[ids] = self.loss(self.table[list(ids)], self.draw(HELD_OUT, "held out")).item()
+        return self._known[ids]
 
     @property
     def table(self) -> Tensor:
@@ -198,8 +209,7 @@ class Descent:
             self._optimizer.step()
         return float(loss)
 
-# %% ../nbs/47_inversion.ipynb #c0ae20ff
-HELD_OUT = 32  # states by which prompts are compared
+# %% ../nbs/47_inversion.ipynb #06fa47f8
 CHECKS = 10  # times that each run is looked at
 
 
@@ -218,7 +228,7 @@ class Inversion:
     restarts: list[float]
     evaluations: int
 
-# %% ../nbs/47_inversion.ipynb #cdef5afc
+# %% ../nbs/47_inversion.ipynb #925ec1a0
 def _check_search(model: TextToImage, tokens: int, optimizer: str, whole: dict[str, int], rate: float, allowed: Tensor) -> None:
     """Raise ValueError for what cannot be searched."""
     longest = model.tokenizers[0].model_max_length - 2
@@ -239,7 +249,7 @@ def _check_search(model: TextToImage, tokens: int, optimizer: str, whole: dict[s
         raise ValueError(f"allowed must be ids of tokens that are no control tokens, such as vocabulary(tokenizer); {f'not {wrong[:5]}' if wrong else 'there are none'}")
 
 
-def _run(descent: Descent, updates: Iterable[int], total: int, batch: int, judge: Callable[[tuple[int, ...]], float]) -> tuple[float, tuple[int, ...], list[float], list[list[int]]]:
+def _run(descent: Descent, updates: Iterable[int], total: int, batch: int) -> tuple[float, tuple[int, ...], list[float], list[list[int]]]:
     """One run: its best held-out loss, the ids of that, and loss and ids at every update."""
     loss, trace, seen, every = [], [], {}, max(1, total // CHECKS)
     for update in updates:
@@ -248,11 +258,11 @@ def _run(descent: Descent, updates: Iterable[int], total: int, batch: int, judge
             raise ValueError(f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: lower the learning rate, or load the model in float32")
         trace.append(descent.ids.tolist())
         if update % every == 0 or update == total - 1:
-            seen[tuple(trace[-1])] = judge(tuple(trace[-1]))
+            seen[tuple(trace[-1])] = descent.problem.held_out(tuple(trace[-1]))
     best = min(seen, key=seen.__getitem__)
     return seen[best], best, loss, trace
 
-# %% ../nbs/47_inversion.ipynb #14845edb
+# %% ../nbs/47_inversion.ipynb #bc2d37f2
 def invert(model: TextToImage, latents: Tensor, tokens: int = 8, updates: int = 200, times: tuple[float, float] = (0.5, 0.9), optimizer: str = "gradient", learning_rate: float | None = None,
            projection_every: int | None = None, batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Inversion:
     """The prompt of `tokens` tokens under which `model` best tells the noise from `latents`, (n, c, h, w), one or more pictures of one thing (Mahajan et al. 2024).
@@ -262,22 +272,14 @@ def invert(model: TextToImage, latents: Tensor, tokens: int = 8, updates: int = 
     Raises ValueError for SDXL, latents of another shape, too many tokens, an unknown optimizer, times outside (0, 1].
     """
     problem = Problem(model, latents, times, seed)
-    allowed = vocabulary(model.tokenizers[0]) if allowed is None else torch.as_tensor(allowed, dtype=torch.long)
+    allowed = vocabulary(model.tokenizers[0]) if allowed is None else torch.as_tensor(allowed, dtype=torch.long).cpu()
     rate, delay = (known if given is None else given for known, given in zip(OPTIMIZERS.get(optimizer, (1.0, 1)), (learning_rate, projection_every)))
     _check_search(model, tokens, optimizer, {"updates": updates, "projection_every": delay, "batch": batch, "restarts": restarts}, rate, allowed)
-    kept, table, known = problem.draw(HELD_OUT, "held out"), problem.table, {}
-
-    @torch.no_grad()
-    def judge(ids: tuple[int, ...]) -> float:
-        if ids not in known:
-            known[ids] = problem.loss(table[list(ids)], kept).item()
-        return known[ids]
-
     runs = []
     for restart in range(restarts):
-        start = allowed[torch.from_numpy(generator(seed, "first words", restart).integers(len(allowed), size=tokens))].to(model.device)
-        descent = Descent(problem, start, allowed.to(model.device), optimizer, rate, delay)
-        runs.append(_run(descent, progress(range(updates)), updates, batch, judge))
+        words = generator(seed, "first words", restart).integers(len(allowed), size=tokens)
+        descent = Descent(problem, allowed[words].to(model.device), allowed.to(model.device), optimizer, rate, delay)
+        runs.append(_run(descent, progress(range(updates)), updates, batch))
     held_out, ids, loss, trace = min(runs, key=lambda run: run[0])
     tokenizer = model.tokenizers[0]
-    return Inversion(list(ids), text_of(tokenizer, ids), reads_back(tokenizer, ids), held_out, judge(()), loss, trace, [run[0] for run in runs], problem.evaluations)
+    return Inversion(list(ids), text_of(tokenizer, ids), reads_back(tokenizer, ids), held_out, problem.held_out(()), loss, trace, [run[0] for run in runs], problem.evaluations)

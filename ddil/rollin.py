@@ -220,7 +220,7 @@ def _ordinary(states: States) -> States:
     copy = lambda value: None if value is None else value.clone()
     return replace(states, z=copy(states.z), cond=map_cond(copy, states.cond), x=copy(states.x), teacher_z=copy(states.teacher_z))
 
-# %% ../nbs/14_rollin.ipynb #ece49d89
+# %% ../nbs/14_rollin.ipynb #1fd4fd9b
 class Replay:
     """The last `capacity` states of `rollout`, each trained on `reuse` times on average, drawn from one lane per row of the batch.
 
@@ -269,8 +269,8 @@ class Replay:
         for name in ("z", "t", "s", "x", "teacher_z"):
             put(getattr(self.store, name), getattr(states, name))
         map_cond(put, self.store.cond, states.cond)
-        self.store.origin[slot, local] = states.origin
-        self.store.known[slot, local] = states.known is not None
+        self.store.origin[slot, local.numpy()] = states.origin  # numpy would take a tensor of one element for a number
+        self.store.known[slot, local.numpy()] = states.known is not None
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         if n != self.batch:

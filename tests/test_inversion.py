@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,19 +142,21 @@ def judges(folder: Path, tokenizer: CLIPTokenizer) -> dict[str, str]:
 
 
 def test_the_experiment(tiny: Path, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """It runs from inversion to table; a second run finds its prompts on disk, another search does not; what it cannot use it refuses."""
+    """It refuses a student that is not there before anything is searched; interrupted after the inversion it goes on with the prompts on disk, to the table."""
     notebook, output = ROOT / "experiments/prompt_inversion.ipynb", tmp_path / "out"
     parameters = {"model": str(tiny), **judges(tmp_path, tokenizer), "count": 2, "tokens": 3, "updates": 2, "restarts": 1, "batch": 2, "per_prompt": 2, "teacher_steps": 2, "few_steps": 1, "output": str(output)}
-    assert not alone(run_experiment, notebook, parameters)
-    found = read_results(output / "results.json")
-    assert {(row["arm"], row["n"]) for row in found["rows"] if row["metric"] == "diversity"} == {("teacher, 2 steps", 2), ("teacher, 1 steps", 2), ("teacher, 2 steps, own captions", 2)}
+    refused = alone(run_experiment, notebook, {**parameters, "students": {"PD": str(tmp_path / "nowhere")}})
+    assert "FileNotFoundError" in refused and "nowhere" in refused and not output.exists()
+
+    (output / "inverted.png").mkdir(parents=True)                                                  # in the way of the first figure
+    assert "inverted.png" in alone(run_experiment, notebook, parameters)
     prompts = sorted((output / "prompts").iterdir())
+    kept = [path.stat().st_mtime_ns for path in prompts]
     assert len(prompts) == 2 and all(len(json.loads(path.read_text())["ids"]) == 3 for path in prompts)
 
-    kept = [os.stat(path).st_mtime_ns for path in prompts]
-    told = alone(run_experiment, notebook, {**parameters, "updates": 3, "students": {"PD": str(tmp_path / "none")}})
-    assert "there is no" in told or "none" in told
-    assert sorted((output / "prompts").iterdir()) == prompts                                       # refused before anything was searched
-    assert not alone(run_experiment, notebook, {**parameters, "seeds": [0, 1]})
-    after = sorted((output / "prompts").iterdir())
-    assert len(after) == 4 and [os.stat(path).st_mtime_ns for path in prompts] == kept
+    (output / "inverted.png").rmdir()
+    assert not alone(run_experiment, notebook, parameters)
+    assert [path.stat().st_mtime_ns for path in sorted((output / "prompts").iterdir())] == kept
+    found = read_results(output / "results.json")
+    assert {(row["arm"], row["n"]) for row in found["rows"] if row["metric"] == "diversity"} == {("teacher, 2 steps", 2), ("teacher, 1 steps", 2), ("teacher, 2 steps, own captions", 2)}
+    assert {"CLIP similarity", "all right"} <= {row["metric"] for row in found["rows"]}

@@ -57,7 +57,7 @@ def trainer(folder: Path | None = None, method: str = "progressive", frozen: boo
     shard, rng = Shard(accelerator.process_index, accelerator.num_processes), torch.Generator().manual_seed(1)
     data = TensorData(torch.randn(64, 4, 8, 8, generator=rng), torch.randn(64, 3, 8, generator=rng))
     walks = {"solver": consistency} if method == "consistency" else {}
-    rollin = ddil_rollin(student, teacher, data, (4, 8, 8), settings, collected=(0.5, 0.5), mixing=mixing, capacity=64, shard=shard, **walks)
+    rollin = ddil_rollin(student, teacher, data, (4, 8, 8), settings, collected=(0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25, shard=shard, **walks)  # little reuse: each process also collects single rows
     ask = Progressive(teacher) if method == "progressive" else Consistency(teacher, Edges([1.0, 0.0]), Follower(student, 0.5), "huber")
     return Trainer(student, ask, rollin, settings, folder, accelerator, progress)
 

@@ -164,9 +164,9 @@ def plan_from(values: dict) -> Plan:
         raise ValueError(f"a plan needs {' and '.join(missing)}")
     return Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-# %% ../../nbs/44_text2image.ipynb #f971fd28
+# %% ../../nbs/44_text2image.ipynb #2e044337
 PRESETS: dict[str, dict] = {
-    "scenes": dict(data="scenes:10000", size=32, stages=(32, 16, 8, 4), guidance_scale=4.0, updates=300, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048, posterior="mean", checkpoint_every=100),
+    "scenes": dict(data="scenes:10000", size=32, stages=(32, 16, 8, 4), guidance_scale=4.0, updates=200, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048, posterior="mean", checkpoint_every=100),
     "sd15-coco": dict(data_format="coco", size=512, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=64, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, processes=8),
     "ssd1b": dict(size=1024, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=32, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, capacity=2048, distribution="fsdp2", processes=8),
 }
@@ -301,7 +301,7 @@ def _decisive(plan: Plan) -> dict:
     free = ("output", "cache", "processes", "nodes", "distribution", "device", "checkpoint_every", "compile_teacher", "check_weights", "model", "revision", "data", "data_format", "data_revision", "skip_limit")
     return json.loads(json.dumps({name: value for name, value in asdict(plan).items() if name not in free}))
 
-# %% ../../nbs/44_text2image.ipynb #95292fff
+# %% ../../nbs/44_text2image.ipynb #9b4010f0
 def _train_stage(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, shape: tuple[int, ...], place: Path, accelerator: Accelerator, identity: dict, bar: Bar) -> None:
     """Train the student of one stage and save it."""
     made = pieces(plan, steps, base, data, shape, Shard(accelerator.process_index, accelerator.num_processes)).frozen(plan)
@@ -312,6 +312,7 @@ def _train_stage(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: D
     student = trainer.finished()
     if accelerator.is_main_process:
         Sampler(student, made.grid, shape, made.solver, plan.guidance_scale, provenance).save(place / "student")
+    accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
 
 
