@@ -79,7 +79,7 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(BIN)/python tools/keep.py runs/reference/text2image experiments/reference/text2image
 	$(call experiment,prompt_inversion,runs/reference/prompt_inversion,-p count 16 -p restarts 2 -p updates 150 -p per_prompt 6 -y 'students: {$(subst ;,$(comma) ,$(scenes_students))}')
 	$(BIN)/python tools/keep.py runs/reference/prompt_inversion experiments/reference/prompt_inversion
-	$(call experiment,covariate_shift,runs/reference/covariate_shift-scenes,-p problems scenes -p scenes_updates 200 -p samples 150 -p seeds 0$(comma)1)
+	$(call experiment,covariate_shift,runs/reference/covariate_shift-scenes,-p problems scenes -p scenes_updates 200 -p samples 64 -p seeds 0$(comma)1)
 	$(BIN)/python tools/keep.py runs/reference/covariate_shift-scenes experiments/reference/covariate_shift-scenes
 	$(BIN)/nbdev_clean --fname experiments
 
