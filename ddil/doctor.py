@@ -113,7 +113,7 @@ def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "
         loss, _ = made.method.loss(made.student, states)
     loss.backward()
 
-# %% ../nbs/46_doctor.ipynb #ccddf40d
+# %% ../nbs/46_doctor.ipynb #72871809
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warning that some layer asked a fake tensor where it lies."""
@@ -130,8 +130,9 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
         null = torch.zeros(shapes.cond["embeddings"])
         pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
     base = TextDenoiser(network, DiscreteVP(), "eps", null, null_text_embeds=pooled)
-    made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
-    prepare(plan, made)
+    with _quietly():
+        made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
+        prepare(plan, made)
     live = LiveBytes()
     with mode, _quietly():
         states = shapes.states(rows, made)
@@ -250,7 +251,7 @@ def _weights(plan: Plan) -> str:
         told.append(f"{part} {'/'.join(sorted(kinds))}")
     return ", ".join(told)
 
-# %% ../nbs/46_doctor.ipynb #cd1cd63b
+# %% ../nbs/46_doctor.ipynb #78b68c48
 def _data(plan: Plan) -> tuple[str, CaptionedImages]:
     items = items_of(plan)
     first = next(iter(replace(items, limit=1) if items.limit is None else items))
@@ -261,14 +262,15 @@ def _disk(plan: Plan, made: Pieces, shapes: Shapes, items: CaptionedImages | Non
     """How much will be written. Raises OSError if there is no room for it."""
     trained = _bytes(made.student, True)
     checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(made.student)
-    cache = 2 * (items.count or 0) * int(np.prod(shapes.sample)) if items is not None else 0
+    entry = sum(int(np.prod(shape)) for shape in (shapes.sample, *shapes.cond.values()))  # latents and what the text encoder says, in two bytes each
+    cache = 2 * (items.count or 0) * entry if items is not None else 0
     place = Path(plan.output)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if checkpoints + cache > free:
         raise OSError(f"checkpoints and cache take {(checkpoints + cache) / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f}: name another output")
-    return f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and latents; {free / 2**30:.0f} are free"
+    return f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and the cache; {free / 2**30:.0f} are free"
 
 
 def _devices(plan: Plan, needed: int) -> str:
