@@ -147,7 +147,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 class NonFiniteLoss(FloatingPointError):
     """Training diverged: the loss or a gradient is not a finite number."""
 
-# %% ../nbs/18_train.ipynb #eeeda206
+# %% ../nbs/18_train.ipynb #60144f73
 class Trainer:
     """Trains `student` by `method` on the states of `rollin`.
 
@@ -319,6 +319,8 @@ class Trainer:
         aside.mkdir(parents=True, exist_ok=True)
         own = {f"evaluations.{name}": torch.tensor(count) for name, count in self._own_evaluations().items()}
         write_tensors(aside / f"rollin-{self.accelerator.process_index}.safetensors", {**self.rollin.state_dict(), **own})
+        if remembered := self.method.state_dict():
+            write_tensors(aside / f"method-{self.accelerator.process_index}.safetensors", remembered)
         optimizers = {f"optimizer-{name}": self.distribution.optimizer_tensors(optimizer, self._parameters[name]) for name, optimizer in self.optimizers.items()}
         for name, tensors in {**self._weights(), **optimizers}.items():
             tensors = {key: self.distribution.to_save(value) for key, value in tensors.items()}
@@ -358,6 +360,8 @@ class Trainer:
         for name, denoiser in self._counted.items():
             self._evaluations[name] = int(rollin.pop(f"evaluations.{name}")) - denoiser.evaluations
         self.rollin.load_state_dict(rollin)
+        if self.method.state_dict():
+            self.method.load_state_dict(read(f"method-{self.accelerator.process_index}"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["update"], state["seconds"]

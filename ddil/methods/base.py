@@ -53,7 +53,7 @@ class Follower:
         mine, theirs = zip(*self._pairs)
         torch._foreach_lerp_(list(mine), list(theirs), 1 - self.decay)
 
-# %% ../../nbs/15_methods.ipynb #b63cc555
+# %% ../../nbs/15_methods.ipynb #18ee76d6
 class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
@@ -74,9 +74,16 @@ class Method:
         """The optimiser steps of update `step`, in order."""
         return [Turn("student", lambda players, states: self.loss(players["student"], states))]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this process remembers between updates beside networks and followers, as tensors; the trainer saves it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what was remembered."""
+
     def describe(self) -> dict:
         """What a checkpoint must agree on: the name and the settings that are plain values."""
-        plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool))}
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool)) and not key.startswith("_")}
         decays = {f"decay of {name}": follower.decay for name, follower in self.followers.items()}
         return {"method": type(self).__name__, **plain, **decays}
 
