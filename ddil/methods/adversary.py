@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate, leaky_relu, linear, normalize, relu
 from ..denoiser import Cond, cat_cond, split_inputs
 
 # %% auto #0
-__all__ = ['ADVERSARIAL_LOSSES', 'AdversarialLoss', 'adversarial_loss_by_name', 'pull', 'Features', 'LayerFeatures', 'DINOv2',
-           'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'heads_for', 'judgement']
+__all__ = ['ADVERSARIAL_LOSSES', 'AdversarialLoss', 'adversarial_loss_by_name', 'pull', 'drift', 'Features', 'LayerFeatures',
+           'DINOv2', 'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'heads_for', 'judgement']
 
 # %% ../../nbs/24b_adversary.ipynb #760d1644
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def adversarial_loss_by_name(name: str) -> AdversarialLoss:
         raise ValueError(f"unknown adversarial loss {name!r}; known are {', '.join(ADVERSARIAL_LOSSES)}")
     return ADVERSARIAL_LOSSES[name]
 
-# %% ../../nbs/24b_adversary.ipynb #5dd318a3
+# %% ../../nbs/24b_adversary.ipynb #5af01b8c
 def pull(x_hat: Tensor, gradients: dict[str, Tensor], value: Tensor | float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss whose gradient at `x_hat` is the sum of `gradients` (each shaped like it) and whose value is `value`; and for each term, to log, the norm of its gradient at a sample.
 
@@ -51,6 +51,12 @@ def pull(x_hat: Tensor, gradients: dict[str, Tensor], value: Tensor | float = 0.
     along = (x_hat * sum(gradients.values()).detach()).sum()
     norms = {f"gradient of {name}": gradient.detach().flatten(1).norm(dim=1).sum() for name, gradient in gradients.items()}
     return along - along.detach() + value, norms
+
+
+def drift(x: Tensor) -> dict[str, Tensor]:
+    """What tells early that samples go astray, to log: their contrast (the standard deviation within one) and saturation (the share of elements beyond [-1, 1])."""
+    x = x.detach()
+    return {"contrast": x.flatten(1).std(1, correction=0).mean(), "saturation": (x.abs() > 1).float().mean()}
 
 # %% ../../nbs/24b_adversary.ipynb #edc5846b
 class Features(Protocol):
