@@ -158,7 +158,7 @@ def far_above(value: float, past: list[float], bound: float = 100.0) -> bool:
     """Whether a critic's loss is more than `bound` times its running level: the median of its `past`, or 1 if that is less (a judge that is always right has no loss at all). The first three are not judged."""
     return len(past) >= 3 and value > bound * max(1.0, statistics.median(past))
 
-# %% ../nbs/18_train.ipynb #1ecaef28
+# %% ../nbs/18_train.ipynb #867f75f0
 class Trainer:
     """Trains `student` by `method` on the states of `rollin`.
 
@@ -304,7 +304,9 @@ class Trainer:
         bad = [(update, name, value) for (update, name), value in zip(keys, numbers) if not math.isfinite(value) and not scaled(name)]
         if bad:
             update, name, value = bad[0]
-            self._diverged(self.method.blame([name for at, name, _ in bad if at == update]), f"{name} is {value} at update {update}")
+            network = self.method.blame([name for at, name, _ in bad if at == update])
+            whose = "" if network == "student" or name.startswith(network) else "the student's "
+            self._diverged(network, f"{whose}{name} is {value} at update {update}")
 
     def _check_critics(self, means: dict[str, float]) -> None:
         for network in self.method.networks:
