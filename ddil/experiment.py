@@ -19,7 +19,8 @@ import torch
 
 # %% auto #0
 __all__ = ['Checker', 'T', 'did_you_mean', 'whole', 'number', 'probability', 'flag', 'text', 'one_of', 'optional', 'whole_list',
-           'halving_steps', 'existing_folder_or', 'device', 'check_parameters', 'progress', 'command_line']
+           'halving_steps', 'Absent', 'existing_folder_or', 'device', 'UnusableParameters', 'check_parameters',
+           'progress', 'command_line']
 
 # %% ../nbs/35_experiment.ipynb #413bbb0a
 Checker = Callable[[Any], Any]
@@ -144,14 +145,19 @@ def halving_steps() -> Checker:
         return steps
     return check
 
-# %% ../nbs/35_experiment.ipynb #408ad06a
+# %% ../nbs/35_experiment.ipynb #f0e52149
+class Absent(ValueError):
+    """A value of the right form that names something which is not on this machine (it may be on the one that will compute)."""
+
+
 def existing_folder_or(*choices: str) -> Checker:
-    """One of `choices`, such as "digits", or the path of a folder that exists."""
+    """One of `choices`, such as "digits", or the path of a folder that exists. Raises Absent for a path with a slash in it that does not lead to one."""
     def check(value: Any) -> str:
         if isinstance(value, (str, Path)) and (value in choices or (str(value) and Path(value).expanduser().is_dir())):
             return value if value in choices else str(Path(value).expanduser())
         known = f"{', '.join(map(repr, choices))} or " if choices else ""
-        raise ValueError(f"must be {known}a folder that exists{did_you_mean(value, choices)}; paths are relative to {Path.cwd()}")
+        kind = Absent if "/" in str(value) else ValueError  # a word without a slash is rather a choice misspelt
+        raise kind(f"must be {known}a folder that exists{did_you_mean(value, choices)}; paths are relative to {Path.cwd()}")
     return check
 
 
@@ -165,24 +171,32 @@ def device() -> Checker:
             raise ValueError(f"must be 'auto', 'cpu', 'cuda', 'cuda:1' (any number) or 'mps'{did_you_mean(value, ('auto', 'cpu', 'cuda', 'mps'))}")
         count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
         if int(index or 0) >= count:
-            raise ValueError(f"must be a device of this machine, which has {count} of kind {kind}: write 'auto' or 'cpu'")
+            raise Absent(f"must be a device of this machine, which has {count} of kind {kind}: write 'auto' or 'cpu'")
         return str(value)
     return check
 
-# %% ../nbs/35_experiment.ipynb #88f0624e
+# %% ../nbs/35_experiment.ipynb #f681a72a
 _INJECTED = (str, int, float, list, tuple, set, dict, type(None))
 _NOT_OURS = ("In", "Out")  # IPython's history; capitals are constants, imported or papermill's (--inject-paths)
+
+
+class UnusableParameters(ValueError):
+    """All that is wrong with parameters: `wrong`, what can be used nowhere, and `absent`, what is not on this machine."""
+
+    def __init__(self, wrong: list[str], absent: list[str]):
+        self.wrong, self.absent = wrong, absent
+        super().__init__("\n".join([f"{len(wrong + absent)} of the parameters cannot be used:", *(f"  - {problem}" for problem in wrong + absent)]))
 
 
 def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> SimpleNamespace:
     """The checked parameters of a papermill notebook: check_parameters(globals(), {"updates": whole(), …}), in the first cell after them.
 
-    Raises one ValueError that lists every unknown, missing or unusable parameter with its value and the remedy.
+    Raises UnusableParameters, one ValueError that lists every unknown, missing or unusable parameter with its value and the remedy.
     """
     unknown = [name for name, value in names.items()
                if name not in spec and not name.startswith("_") and not (name.isupper() and name.lower() not in spec) and name not in _NOT_OURS and isinstance(value, _INJECTED)]
     problems = [f"{name} = {names[name]!r}: there is no such parameter{did_you_mean(name, spec)}; known are {', '.join(spec)}" for name in unknown]
-    values = {}
+    values, absent = {}, []
     for name, checker in spec.items():
         if name not in names:
             problems.append(f"{name} is missing: give it a default in the cell that is tagged 'parameters'")
@@ -190,9 +204,9 @@ def check_parameters(names: Mapping[str, Any], spec: Mapping[str, Checker]) -> S
         try:
             values[name] = checker(names[name])
         except ValueError as error:
-            problems.append(f"{name} = {names[name]!r} {error}")
-    if problems:
-        raise ValueError("\n".join([f"{len(problems)} of the parameters cannot be used:", *(f"  - {problem}" for problem in problems)]))
+            (absent if isinstance(error, Absent) else problems).append(f"{name} = {names[name]!r} {error}")
+    if problems or absent:
+        raise UnusableParameters(problems, absent)
     return SimpleNamespace(**values)
 
 # %% ../nbs/35_experiment.ipynb #b60de517
