@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ddil import executors, runner
-from ddil.batch import Batch, BatchError, Run
+from ddil import runner
+from ddil.batch import Run
 from ddil.executors import Local, Slurm, Task
 from ddil.job import prepare, read_json
-from ddil.precheck import Checked, check
+from ddil.precheck import check
 from ddil.runner import Schedule, run_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,8 +83,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ddil_batch(*words: str) -> int:
     """`ddil batch` in this process."""
-    import argparse
-
     parser = argparse.ArgumentParser()
     runner.arguments(parser)
     return runner.main(parser.parse_args(words))
@@ -230,6 +227,9 @@ class Forgetful:
 
     def adopt(self, task: Task) -> bool:
         return False
+
+    def last_words(self, task: Task) -> str:
+        return ""
 
     def refuses(self, run: Run) -> str:
         return ""
