@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                             'ddil.bench.k_diffusion': ('bench.html#k_diffusion', 'ddil/bench.py'),
                             'ddil.bench.last': ('bench.html#last', 'ddil/bench.py'),
                             'ddil.bench.main': ('bench.html#main', 'ddil/bench.py'),
+                            'ddil.bench.matching_trainer': ('bench.html#matching_trainer', 'ddil/bench.py'),
                             'ddil.bench.measure': ('bench.html#measure', 'ddil/bench.py'),
                             'ddil.bench.memory_row': ('bench.html#memory_row', 'ddil/bench.py'),
                             'ddil.bench.method_rows': ('bench.html#method_rows', 'ddil/bench.py'),

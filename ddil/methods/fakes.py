@@ -115,7 +115,7 @@ class Samples(Delta):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._now, self._bank = int(state["now"]), {name: value for name, value in state.items() if name != "now"}
 
-# %% ../../nbs/24c_fakes.ipynb #0feaca6f
+# %% ../../nbs/24c_fakes.ipynb #a6fa5005
 class Head(nn.Module):
     """One number for each sample (high: data) from activations of a layer, (n, channels, height, width) or (n, channels)."""
 
@@ -135,7 +135,7 @@ class Head(nn.Module):
 class Judged(Wrapper):
     """A denoiser whose activations at `layer` (a name within its network) are judged by a `head`."""
 
-    def __init__(self, denoiser: Denoiser, head: nn.Module, layer: str = "mid_block"):
+    def __init__(self, denoiser: Denoiser, head: nn.Module, layer: str):
         super().__init__(denoiser)
         self.head, self.layer = head, layer
 
@@ -148,7 +148,7 @@ class Judged(Wrapper):
             x_hat = self.denoiser(z, t, cond)
         return x_hat, self.head(seen[0][-judged:].to(next(self.head.parameters()).dtype))
 
-# %% ../../nbs/24c_fakes.ipynb #febe95f3
+# %% ../../nbs/24c_fakes.ipynb #97528f18
 @contextmanager
 def _listening(denoiser: Denoiser, layer: str, seen: list[Tensor]) -> Iterator[None]:
     """Within it, what `layer` says is added to `seen`. Raises ValueError, naming the layers, if there is none of that name."""
@@ -164,8 +164,11 @@ def _listening(denoiser: Denoiser, layer: str, seen: list[Tensor]) -> Iterator[N
         handle.remove()
 
 
-def judged(denoiser: Denoiser, states: States, layer: str = "mid_block") -> Judged:
-    """The denoiser with a head that fits the activations of `layer`, which one of the `states` shows. Raises ValueError for an unknown layer."""
+def judged(denoiser: Denoiser, states: States, layer: str | None = None) -> Judged:
+    """The denoiser with a head that fits the activations of `layer` (by default the middle of a U-Net), which one of the `states` shows. Raises ValueError for an unknown layer."""
+    network = innermost(denoiser).network
+    if layer is None:
+        layer = "mid_block" if getattr(network, "mid_block", None) is not None else f"down_blocks.{len(getattr(network, 'down_blocks', [0])) - 1}"
     one, seen = states[:1], []
     with torch.no_grad(), _listening(denoiser, layer, seen):
         denoiser(one.z, one.t, one.cond)
