@@ -228,16 +228,17 @@ def frozen(network: nn.Module) -> Iterator[None]:
         for parameter in learning:
             parameter.requires_grad_(True)
 
-# %% ../../nbs/24c_fakes.ipynb #a90a65a8
+# %% ../../nbs/24c_fakes.ipynb #416e3094
 class RealSamples:
-    """Samples of `data` for a judge, a function of the seed, the update, its part and the process."""
+    """Samples of `data` for a judge, a function of the seed, the update and the process: for each update an endless row of them."""
 
     def __init__(self, data: Data, seed: int = 0, shard: Shard = Shard(), device: str | torch.device = "cpu"):
         if len(data) == 0:
             raise ValueError("the data set is empty: a judge needs data to compare the student's samples with")
         self.data, self.seed, self.shard, self.device = data, seed, shard, device
 
-    def draw(self, n: int, step: int, part: int = 0) -> tuple[Tensor, Cond]:
-        rows = generator(self.seed, "real", step, part, self.shard.rank).integers(len(self.data), size=n)
+    def draw(self, n: int, step: int, start: int = 0) -> tuple[Tensor, Cond]:
+        """The `n` samples from place `start` of update `step`'s row, and their conditions."""
+        rows = generator(self.seed, "real", step, self.shard.rank).integers(len(self.data), size=start + n)[start:]
         x, cond = self.data[rows]
         return x.to(self.device), map_cond(lambda c: c.to(self.device), cond)
