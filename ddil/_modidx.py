@@ -1227,6 +1227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                             'ddil.train.Trainer._save': ('train.html#trainer._save', 'ddil/train.py'),
                             'ddil.train.Trainer._take': ('train.html#trainer._take', 'ddil/train.py'),
                             'ddil.train.Trainer._weights': ('train.html#trainer._weights', 'ddil/train.py'),
+                            'ddil.train.Trainer._with': ('train.html#trainer._with', 'ddil/train.py'),
+                            'ddil.train.Trainer.best': ('train.html#trainer.best', 'ddil/train.py'),
                             'ddil.train.Trainer.evaluations': ('train.html#trainer.evaluations', 'ddil/train.py'),
                             'ddil.train.Trainer.finished': ('train.html#trainer.finished', 'ddil/train.py'),
                             'ddil.train.Trainer.fit': ('train.html#trainer.fit', 'ddil/train.py'),
@@ -1235,4 +1237,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                             'ddil.train.latest_checkpoint': ('train.html#latest_checkpoint', 'ddil/train.py'),
                             'ddil.train.make_accelerator': ('train.html#make_accelerator', 'ddil/train.py'),
                             'ddil.train.make_optimizer': ('train.html#make_optimizer', 'ddil/train.py'),
-                            'ddil.train.read_log': ('train.html#read_log', 'ddil/train.py')}}}
+                            'ddil.train.read_log': ('train.html#read_log', 'ddil/train.py')},
+            'ddil.watch': { 'ddil.watch.Watch': ('watch.html#watch', 'ddil/watch.py'),
+                            'ddil.watch.Watch.__init__': ('watch.html#watch.__init__', 'ddil/watch.py'),
+                            'ddil.watch.Watch._write': ('watch.html#watch._write', 'ddil/watch.py'),
+                            'ddil.watch.Watch.begin': ('watch.html#watch.begin', 'ddil/watch.py'),
+                            'ddil.watch.Watch.due': ('watch.html#watch.due', 'ddil/watch.py'),
+                            'ddil.watch.Watch.look': ('watch.html#watch.look', 'ddil/watch.py'),
+                            'ddil.watch.Watch.weights': ('watch.html#watch.weights', 'ddil/watch.py')}}}

@@ -37,7 +37,7 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigm
     distance = (x - real).abs().flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1))
     return (fake - real) * times(MATCHING_WEIGHTS[weighting](alpha, sigma, distance), x.dtype)
 
-# %% ../../nbs/24d_matching.ipynb #17606470
+# %% ../../nbs/24d_matching.ipynb #e9c0bf35
 class DistributionMatching(Method):
     """The student's samples are moved until noised they are distributed like the teacher's (SDS, Poole et al. 2022; DMD, Yin et al. 2023; DMD2, Yin et al. 2024; which one, `fake` and the roll-in decide).
 
@@ -85,7 +85,7 @@ class DistributionMatching(Method):
                 gradients[name], logs[name] = torch.autograd.grad(term, x)[0], term
         self.fake.remember(x.detach(), states.cond, step)
         loss, norms = pull(sample, gradients)
-        contrast, beyond = x.detach().flatten(1).std(1).mean(), (x.detach().abs() > 1).float().mean()
+        contrast, beyond = x.detach().flatten(1).std(1, correction=0).mean(), (x.detach().abs() > 1).float().mean()
         return loss, {**logs, **norms, **seen, "contrast": contrast, "saturation": beyond}
 
     def matching(self, players: Players, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
