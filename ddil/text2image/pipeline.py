@@ -83,7 +83,7 @@ def time_ids(n: int, size: int, original: Sequence[tuple[int, int]] | None = Non
     rows = [[*(original[i] if original else (size, size)), *(crop[i] if crop else (0, 0)), size, size] for i in range(n)]
     return torch.tensor(rows, dtype=torch.float32)
 
-# %% ../../nbs/41_pipeline.ipynb #66e1550e
+# %% ../../nbs/41_pipeline.ipynb #49f2a84c
 @dataclass
 class TextToImage:
     """The parts of a text-to-image model. `scheduler`: the configuration of its scheduler; one tokenizer and text encoder (Stable Diffusion), two (SDXL) or none (a bare U-Net)."""
@@ -102,6 +102,7 @@ class TextToImage:
         if len(dtypes) > 1:
             raise ValueError(f"the U-Net has weights of several types, {', '.join(sorted(dtypes))}: load it with one dtype")
         self.schedule, self.prediction = _schedule_of(self.scheduler), _prediction_of(self.scheduler)
+        self.vae_factor = 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels to the side of one latent, known also when the VAE is let go; 8 is Stable Diffusion's
         self.truncated = 0  # prompts so far that were longer than the tokenizer takes
 
     @classmethod
@@ -125,11 +126,6 @@ class TextToImage:
     @property
     def device(self) -> torch.device:
         return self.unet.device
-
-    @property
-    def vae_factor(self) -> int:
-        """Pixels to the side of one latent; 8 for Stable Diffusion, and where there is no VAE to ask."""
-        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """The shape of a picture of size × size pixels in latents. Raises ValueError if the size is not a multiple of what the VAE and the U-Net halve."""
