@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-# %% ../nbs/46_doctor.ipynb #a1178bb9
+# %% ../nbs/46_doctor.ipynb #b596455a
 @dataclass
 class Shapes:
     """The shapes that a network's configuration decides: of a sample, and of one row of each part of its condition."""
@@ -103,7 +103,7 @@ class _NoData:
 def prepare(plan: Plan, made: Pieces) -> None:
     """What the trainer does to the student's network before the first update."""
     if plan.gradient_checkpointing:
-        innermost(made.student).network.enable_gradient_checkpointing()
+        innermost(made.student).checkpoint_gradients()
 
 
 def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "cpu") -> None:
@@ -113,7 +113,7 @@ def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "
         loss, _ = made.method.loss(made.student, states)
     loss.backward()
 
-# %% ../nbs/46_doctor.ipynb #ccddf40d
+# %% ../nbs/46_doctor.ipynb #72871809
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warning that some layer asked a fake tensor where it lies."""
@@ -130,8 +130,9 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
         null = torch.zeros(shapes.cond["embeddings"])
         pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
     base = TextDenoiser(network, DiscreteVP(), "eps", null, null_text_embeds=pooled)
-    made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
-    prepare(plan, made)
+    with _quietly():
+        made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
+        prepare(plan, made)
     live = LiveBytes()
     with mode, _quietly():
         states = shapes.states(rows, made)
@@ -139,7 +140,7 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
             loss_and_gradients(plan, made, states)
     return made, live.peak
 
-# %% ../nbs/46_doctor.ipynb #fe1884d2
+# %% ../nbs/46_doctor.ipynb #4b8879df
 def _bytes(network: nn.Module, trained: bool | None = None) -> int:
     """Of its parameters; of those that are trained, or that are not."""
     return sum(p.numel() * p.element_size() for p in network.parameters() if trained is None or p.requires_grad == trained)
@@ -154,7 +155,7 @@ def memory(plan: Plan, made: Pieces, peak: int, shapes: Shapes) -> dict[str, int
     state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // (world if plan.distribution in ("fsdp2", "zero2") else 1)
     update = peak - (trained - trained // world if world > 1 and plan.distribution in ("fsdp2", "zero2") else 0)
     collected = plan.method != "SFD" and any(plan.collected)
-    parts = {"student": _bytes(made.student) // sharded, "teacher": _bytes(made.teacher) // half, "target": followers, "average": trained // sharded if plan.ema else 0, "optimiser": state,
+    parts = {"student": _bytes(made.student) // sharded, "teacher": _bytes(made.teacher) // (half if plan.adapters == "full" else 1), "target": followers, "average": trained // sharded if plan.ema else 0, "optimiser": state,
              "update (activations, gradients)": max(update, 0), "buckets of DDP": trained if world > 1 and plan.distribution == "ddp" else 0,
              "replay": plan.capacity // world * shapes.bytes() if collected else 0}
     return {name: size for name, size in parts.items() if size}
@@ -250,7 +251,7 @@ def _weights(plan: Plan) -> str:
         told.append(f"{part} {'/'.join(sorted(kinds))}")
     return ", ".join(told)
 
-# %% ../nbs/46_doctor.ipynb #cd1cd63b
+# %% ../nbs/46_doctor.ipynb #a6a47cf6
 def _data(plan: Plan) -> tuple[str, CaptionedImages]:
     items = items_of(plan)
     first = next(iter(replace(items, limit=1) if items.limit is None else items))
@@ -260,15 +261,16 @@ def _data(plan: Plan) -> tuple[str, CaptionedImages]:
 def _disk(plan: Plan, made: Pieces, shapes: Shapes, items: CaptionedImages | None) -> str:
     """How much will be written. Raises OSError if there is no room for it."""
     trained = _bytes(made.student, True)
-    checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(made.student)
-    cache = 2 * (items.count or 0) * int(np.prod(shapes.sample)) if items is not None else 0
+    checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(innermost(made.student).network)
+    entry = sum(int(np.prod(shape)) for shape in (shapes.sample, *shapes.cond.values()))  # latents and what the text encoder says, in two bytes each
+    cache = 2 * (items.count or 0) * entry if items is not None else 0
     place = Path(plan.output)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if checkpoints + cache > free:
         raise OSError(f"checkpoints and cache take {(checkpoints + cache) / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f}: name another output")
-    return f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and latents; {free / 2**30:.0f} are free"
+    return f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and the cache; {free / 2**30:.0f} are free"
 
 
 def _devices(plan: Plan, needed: int) -> str:

@@ -114,29 +114,30 @@ def staged(first: float, then: float, updates: int, share: float = 0.6) -> Ramp:
     """`first` for the first `share` of `updates`, `then` for the rest (DDIL, supplement A: 6K of 10K updates)."""
     return Ramp((0, max(1, round(share * updates))), (first, then))
 
-# %% ../nbs/14_rollin.ipynb #6832a398
+# %% ../nbs/14_rollin.ipynb #4bfd865d
 class Rollout:
     """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update), else the teacher with its `stride` steps.
 
     `mixing`: one choice for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also where the student drives.
+    `visit`: "all" nodes of a walk give states, or "one", drawn for the whole batch, where the walk ends (with a student that noises again, DMD2's backward simulation).
     `data` gives the conditions (None: unconditional), and the noise if it couples noise with samples (`Pairs`): its states then carry the sample. `shape` is that of one sample.
     """
 
     def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None, beta: float | Ramp = 0.5, mixing: str = "batch",
-                 label: bool = True, solver: Solver = ddim, seed: int = 0, shard: Shard = Shard()):
+                 label: bool = True, solver: Solver = ddim, seed: int = 0, shard: Shard = Shard(), visit: str = "all"):
         if student.schedule != teacher.denoiser.schedule:
             raise ValueError(f"student and teacher must walk on one schedule, not {student.schedule} and {teacher.denoiser.schedule}")
-        if mixing not in ("batch", "sample"):
-            raise ValueError(f"mixing must be 'batch' or 'sample', not {mixing!r}")
+        if mixing not in ("batch", "sample") or visit not in ("all", "one"):
+            raise ValueError(f"mixing must be 'batch' or 'sample', and visit 'all' or 'one', not {mixing!r} and {visit!r}")
         self.student, self.teacher, self.shape, self.data, self.mixing = student, teacher, tuple(shape), data, mixing
         self.beta = beta if isinstance(beta, Ramp) else constant(beta)
-        self.label, self.solver, self.seed, self.shard = label, solver, seed, shard
+        self.label, self.solver, self.seed, self.shard, self.visit = label, solver, seed, shard, visit
         self.tally = torch.zeros(3, dtype=torch.float64)  # transitions, those asked of the student, those it made
 
     @property
     def nodes(self) -> int:
-        """States in one trajectory."""
-        return len(self.teacher.student_grid) - 1
+        """States that one trajectory gives."""
+        return len(self.teacher.student_grid) - 1 if self.visit == "all" else 1
 
     def trajectories(self, n: int, step: int) -> list[States]:
         """This process' share of `n` roll-outs: their states, node by node from noise on."""
@@ -144,21 +145,23 @@ class Rollout:
         device, beta, stops = self.student.device, self.beta(step), self.teacher.student_grid.tolist()
         noise = lambda like=None: torch.from_numpy(rng.standard_normal((n, *self.shape), dtype=np.float32)[mine]).to(device)
         z, cond, x = self._begin(noise(), None if self.data is None else rng.integers(len(self.data), size=n)[mine])
+        last = len(stops) - 2 if self.visit == "all" else int(rng.integers(len(stops) - 1))
         origin, visited, training = np.full(len(z), Origin.NOISE), [], self.student.training
         self.student.eval()
         with torch.inference_mode():
-            for place, s in enumerate(stops[1:]):
+            for place, s in enumerate(stops[1 : last + 2]):
                 z, t, origin = self._inside(z, place, cond, origin, noise, rng)
                 everyone = np.broadcast_to(rng.random(n if self.mixing == "sample" else 1) < beta, n)
                 chosen = everyone[mine]
-                teacher_z = self.teacher.advance(z, t, cond, noise) if self.label or not chosen.all() else None
+                wanted = self.visit == "all" or place == last
+                teacher_z = self.teacher.advance(z, t, cond, noise) if (self.label and wanted) or (place < last and not chosen.all()) else None
                 visited.append(self._states(z, t, cond, origin, teacher_z, x))
-                if s != stops[-1]:  # the end of the walk is a sample, not a state to train on
+                if place < last:  # where it ends is a sample, not a state to train on
                     z = self._transition(z, t, s, cond, chosen, teacher_z, noise)
                     self.tally += torch.tensor([n, beta * n, everyone.sum()])  # of all processes
                 origin = np.where(chosen, Origin.STUDENT, Origin.TEACHER)
         self.student.train(training)
-        return visited
+        return visited[-self.nodes :]
 
     def _begin(self, noise: Tensor, rows: np.ndarray | None) -> tuple[Tensor, Cond, Tensor | None]:
         """First states, conditions, and the samples that belong to them where the data couple noise and samples."""

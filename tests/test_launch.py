@@ -107,7 +107,7 @@ def together(distribution: str, file: Path, folder: Path | None = None, interrup
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Uninterrupted runs of two processes by distribution (what was learnt, and the folder), and what one process learns."""
     place = tmp_path_factory.mktemp("runs")
     alone = trainer(place / "alone").fit()
@@ -119,29 +119,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_does(distribution: str, runs: dict[str, Any]) -> None:
+def test_two_processes_learn_what_one_does(distribution: str, launched: dict[str, Any]) -> None:
     """Raw and averaged weights and Adam's moments: to rounding, which is far less than what was learnt."""
-    one, two = runs["alone"][0], runs[distribution][0]
+    one, two = launched["alone"][0], launched[distribution][0]
     assert tiny.largest_difference(one, two) < ROUNDING
-    moved = [(one[name] - value).abs().max().item() for name, value in runs["start"].items() if "null_embedding" not in name]
+    moved = [(one[name] - value).abs().max().item() for name, value in launched["start"].items() if "null_embedding" not in name]
     assert min(moved) > 50 * ROUNDING and any(not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of()))
 
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp2"])
-def test_it_resumes_where_it_was(distribution: str, runs: dict[str, Any], tmp_path: Path) -> None:
+def test_it_resumes_where_it_was(distribution: str, launched: dict[str, Any], tmp_path: Path) -> None:
     """Interrupted after three updates and resumed from the second: to the last bit the uninterrupted run."""
     half = together(distribution, tmp_path / "half.safetensors", tmp_path / "run", interrupt=True)
     assert latest_checkpoint(tmp_path / "run").name == "update-00000002"
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    whole, resumed = runs[distribution][0], together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run")
+    whole, resumed = launched[distribution][0], together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run")
     assert tiny.largest_difference(resumed, whole) == 0 < tiny.largest_difference(half, whole)
     if distribution == "fsdp2":  # a checkpoint is whole, so the run may go on under another distribution
         assert tiny.largest_difference(together("ddp", tmp_path / "other.safetensors", tmp_path / "copy"), whole) < ROUNDING
 
 
-def test_a_checkpoint_is_whole_under_every_distribution(runs: dict[str, Any]) -> None:
+def test_a_checkpoint_is_whole_under_every_distribution(launched: dict[str, Any]) -> None:
     """The files hold the same tensors, to rounding."""
-    (_, sharded), (_, replicated) = runs["fsdp2"], runs["ddp"]
+    (_, sharded), (_, replicated) = launched["fsdp2"], launched["ddp"]
     for path in sorted(latest_checkpoint(sharded).glob("*.safetensors")):
         one, two = read_tensors(path), read_tensors(latest_checkpoint(replicated) / path.name)
         assert tiny.largest_difference({k: v.double() for k, v in one.items()}, {k: v.double() for k, v in two.items()}) < 10 * ROUNDING, path.name

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Players', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'Turn', 'Follower', 'Method', 'weighting_by_name',
-           'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'Denoising']
+           'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'knows_null', 'check_guidance',
+           'Denoising']
 
-# %% ../../nbs/15_methods.ipynb #f3a7bb65
+# %% ../../nbs/15_methods.ipynb #75771965
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Cond, Denoiser, with_inputs
+from ..denoiser import Cond, Denoiser, Guided, Wrapper, innermost, with_inputs
 from ..distribution import local
 from ..solvers import ddim_update
 from ..states import States
@@ -53,7 +54,7 @@ class Follower:
         mine, theirs = zip(*self._pairs)
         torch._foreach_lerp_(list(mine), list(theirs), 1 - self.decay)
 
-# %% ../../nbs/15_methods.ipynb #b63cc555
+# %% ../../nbs/15_methods.ipynb #69601544
 class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
@@ -74,9 +75,20 @@ class Method:
         """The optimiser steps of update `step`, in order."""
         return [Turn("student", lambda players, states: self.loss(players["student"], states))]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this process remembers between updates beside networks and followers, as tensors; the trainer saves it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what was remembered."""
+
+    def blame(self, names: list[str]) -> str:
+        """The network that diverged, when these logged numbers, in their order, are the first that are not finite: the one whose turn it was."""
+        return next((network for network in self.networks if names[0].startswith(f"{network} ")), "student")
+
     def describe(self) -> dict:
         """What a checkpoint must agree on: the name and the settings that are plain values."""
-        plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool))}
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool)) and not key.startswith("_")}
         decays = {f"decay of {name}": follower.decay for name, follower in self.followers.items()}
         return {"method": type(self).__name__, **plain, **decays}
 
@@ -142,6 +154,23 @@ def jump(student: nn.Module, z: Tensor, t: Time, s: Time, cond: Cond = None) -> 
     if "end" in inner.inputs:
         cond = with_inputs(cond, end=s if isinstance(s, Tensor) else torch.full((len(z),), s, dtype=torch.float64, device=z.device))
     return ddim_update(inner, z, student(z, t, cond), t, s)
+
+# %% ../../nbs/15_methods.ipynb #6565d68f
+def knows_null(denoiser: Denoiser) -> bool:
+    """Whether there is a condition that means "none" to the network inside, which guidance needs."""
+    inner = innermost(denoiser)
+    return type(inner).null_condition is not Denoiser.null_condition and not any(getattr(inner, name, 0) is None for name in ("num_classes", "null_embedding"))
+
+
+def check_guidance(denoiser: Denoiser) -> Denoiser:
+    """The denoiser. Raises ValueError if it is guided, at another scale than 1, and knows no null condition."""
+    outer = denoiser
+    while isinstance(outer, Wrapper):
+        if isinstance(outer, Guided) and outer.guidance_scale != 1 and not knows_null(outer):
+            scale = "each sample's own scale" if outer.guidance_scale is None else f"{outer.guidance_scale:g}"
+            raise ValueError(f"the teacher is to be guided at {scale}, but {type(innermost(denoiser)).__name__} knows no null condition: take one that was trained with condition dropout, or guide at 1")
+        outer = outer.denoiser
+    return denoiser
 
 # %% ../../nbs/15_methods.ipynb #efb40992
 class Denoising(Method):

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['CTM']
 
-# %% ../../nbs/23_ctm.ipynb #967a2322
+# %% ../../nbs/23_ctm.ipynb #ebae277c
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from ..denoiser import map_cond, with_inputs
+from .adversary import adversarial_loss_by_name
 from .base import Distance, Follower, Method, Turn, bare, check_distance, distance_between, weighted_error, weighting_by_name
 from .consistency import Anywhere, jump_to
 from ..states import States, Teacher
 
-# %% ../../nbs/23_ctm.ipynb #b3333fc9
+# %% ../../nbs/23_ctm.ipynb #fe531f97
 class CTM(Method):
     """Consistency trajectory (Kim et al. 2023, algorithm 1). The student takes the input "end".
 
@@ -32,6 +32,7 @@ class CTM(Method):
             raise ValueError(f"longest must be at least 1 and denoising a weight or 'adaptive', not {longest} and {denoising!r}")
         self.teacher, self.target, self.distance, self.longest, self.denoising, self.weighting = teacher, target, check_distance(distance), longest, denoising, weighting
         self._weight, self._anywhere, self.adversary_from = weighting_by_name(weighting), Anywhere(teacher.grid.cpu()), adversary_from
+        self._adversarial = adversarial_loss_by_name("hinge")
         self.followers, self.experts = {"target": target}, {"teacher": teacher.denoiser, "target": target.network}
         self.networks = {} if discriminator is None else {"discriminator": discriminator}
 
@@ -72,7 +73,7 @@ class CTM(Method):
             loss, logs = loss + self._balance(student, consistency, denoising) * denoising, {**logs, "denoising": denoising}
         if discriminator is not None:
             made = jump_to(student, states.z, states.t, torch.zeros_like(states.t), states.cond)
-            adversary = -discriminator(made).mean()
+            adversary = self._adversarial.student(discriminator(made))
             loss, logs = loss + self._balance(student, consistency, adversary) * adversary, {**logs, "adversary": adversary}
         return loss, logs
 
@@ -83,7 +84,7 @@ class CTM(Method):
         with torch.no_grad():
             made = jump_to(bare(players["student"]), states.z, states.t, torch.zeros_like(states.t), states.cond)
         judge = players["discriminator"]
-        return (relu(1 - judge(states.x)) + relu(1 + judge(made))).mean(), {}
+        return self._adversarial.judge(judge(states.x), judge(made)), {}
 
     def _balance(self, student: nn.Module, main: Tensor, other: Tensor) -> Tensor | float:
         """The weight at which `other` moves the student's last layer as much as `main` does (Esser et al. 2021), in [0, 10^4]."""
