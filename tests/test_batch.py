@@ -53,8 +53,7 @@ RUNS = """
 notebook: tiny.ipynb
 defaults: {steps: 4}
 runs:
-  - {name: first}
-  - {name: second, parameters: {rate: 0.25}, keep: kept/second}
+  - {name: first, parameters: {rate: 0.25}, keep: kept/first}
   - {name: reader, parameters: {reads: "{first}/at"}}
   - {name: failing, parameters: {mode: fails}}
   - {name: killed, parameters: {mode: dies}}
@@ -138,10 +137,10 @@ def test_a_batch_to_its_end(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     for told in ("first +done", "reader +done", "failing +failed +it went wrong", "killed +interrupted", "after +blocked +needs failing, which is failed"):
         assert re.search(told, said), f"{told}\nis not in\n{said}"
-    done = {name: traced(name) for name in ("first", "second", "reader")}
+    done = {name: traced(name) for name in ("first", "reader")}
     assert all([step for step, _ in steps] == [0, 1, 2, 3] for steps in done.values())
     assert [step for step, _ in traced("failing")] == [step for step, _ in traced("killed")] == [0, 1]
-    assert sorted(path.name for path in Path("kept/second").iterdir()) == ["results.json", "tiny.ipynb"]
+    assert sorted(path.name for path in Path("kept/first").iterdir()) == ["results.json", "tiny.ipynb"]
     orphans = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "300"] and process.environ().get("DDIL_RUN") == str(place / "runs/small/killed")]
     assert len(orphans) == 1, "the test is to leave a process behind"
 
