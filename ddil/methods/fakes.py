@@ -21,7 +21,7 @@ from ..schedule import Schedule
 from ..states import Data, States
 
 # %% auto #0
-__all__ = ['noised', 'Delta', 'Known', 'Samples', 'Head', 'Judged', 'judged', 'Critic', 'frozen', 'RealSamples']
+__all__ = ['noised', 'Delta', 'Known', 'Samples', 'Head', 'Judged', 'judged', 'Critic', 'frozen', 'RealSamples', 'data_for']
 
 # %% ../../nbs/24c_fakes.ipynb #274ed686
 def noised(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
         for parameter in learning:
             parameter.requires_grad_(True)
 
-# %% ../../nbs/24c_fakes.ipynb #416e3094
+# %% ../../nbs/24c_fakes.ipynb #2bdcf841
 class RealSamples:
     """Samples of `data` for a judge, a function of the seed, the update and the process: for each update an endless row of them."""
 
@@ -242,3 +242,12 @@ class RealSamples:
         rows = generator(self.seed, "real", step, self.shard.rank).integers(len(self.data), size=start + n)[start:]
         x, cond = self.data[rows]
         return x.to(self.device), map_cond(lambda c: c.to(self.device), cond)
+
+
+def data_for(states: States, data: RealSamples | None, step: int, start: int = 0) -> tuple[Tensor, Cond]:
+    """As many samples of data as there are states, with conditions: the states' own, or else from `data`. Raises ValueError if there are neither."""
+    if states.x is not None:
+        return states.x, states.cond
+    if data is None:
+        raise ValueError("the judge needs data to compare with, and states from a walk have none: give the method data=RealSamples(data)")
+    return data.draw(len(states), step, start)
