@@ -46,7 +46,7 @@ from ..train import Settings, Trainer, make_accelerator
 __all__ = ['METHODS', 'CHOICES', 'PRESETS', 'PARTS', 'Bar', 'Plan', 'trainer_settings', 'check_pair', 'plan_from', 'preset',
            'Pieces', 'pieces', 'scene_items', 'items_of', 'cached', 'distil_text', 'run_plan']
 
-# %% ../../nbs/44_text2image.ipynb #07236839
+# %% ../../nbs/44_text2image.ipynb #ab2d2788
 METHODS = ("PD", "LCM", "SFD", "DMD2")
 CHOICES = {"method": METHODS, "adapters": ("full", "lora"), "precision": ("no", "bf16", "fp16"), "optimizer": ("adamw", "adamw8bit"), "reflection": ("off", "static", "dynamic"),
            "distribution": ("ddp", "fsdp2", "zero2"), "posterior": ("sample", "mean"), "mixing": ("batch", "sample")}
@@ -113,7 +113,7 @@ class Plan:
         world = self.processes * self.nodes
         if self.processes < 1 or self.nodes < 1 or self.batch % max(1, world * self.accumulate):
             problems.append(f"a batch of {self.batch} cannot be shared by {self.processes} processes on {self.nodes} nodes in {self.accumulate} parts each: choose a multiple of {max(1, world * self.accumulate)}")
-        if self.method != "SFD" and any(self.collected) and self.capacity < self.batch * max(self.stages[1:], default=1):
+        if self.method != "SFD" and any(self.collected) and not self.simulates and self.capacity < self.batch * max(self.stages[1:], default=1):
             problems.append(f"capacity {self.capacity} cannot hold one trajectory for each row of the batch: choose {self.batch * max(self.stages[1:])} or more, or a smaller batch")
         if self.adapters == "lora" and (self.rank < 1 or self.compile_teacher):
             problems.append("adapters need a rank of at least 1, and their teacher, which is the student's own network, cannot be compiled apart from it")
@@ -136,6 +136,11 @@ class Plan:
     def pairs(self) -> list[tuple[int, int]]:
         """Steps of teacher and student of each stage."""
         return list(pairwise(self.stages))
+
+    @property
+    def simulates(self) -> bool:
+        """Whether the states are those of backward simulation: of the student as it is at every update, which walks to one node (DMD2 with collected and beta (1, 1))."""
+        return self.method == "DMD2" and (1, 1) == self.collected == self.beta
 
     def settings(self, student_steps: int) -> Settings:
         """The trainer's settings for one stage; every stage has data order and noise of its own."""
@@ -199,7 +204,7 @@ def preset(name: str, **changes) -> Plan:
         known["stages"] = (known["stages"][0], known["stages"][-1])  # the other methods know one stage
     return plan_from({**known, **changes})
 
-# %% ../../nbs/44_text2image.ipynb #1216a913
+# %% ../../nbs/44_text2image.ipynb #58da367e
 @dataclass
 class Pieces:
     """What one stage is trained with, and the grid and solver that its student is sampled with. `label`: the teacher as it is asked, guided and on its grid."""
@@ -212,6 +217,11 @@ class Pieces:
     grid: Tensor
     solver: str
     settings: Settings
+
+    @property
+    def learners(self) -> dict[str, Denoiser]:
+        """All networks that learn, by name."""
+        return {"student": self.student, **self.method.networks}
 
     def frozen(self, plan: Plan) -> Pieces:
         """The same, with a teacher of its own weights made ready to be asked often: in half precision and compiled, if the plan says so."""
@@ -228,7 +238,7 @@ def _pair(plan: Plan, base: TextDenoiser) -> tuple[TextDenoiser, TextDenoiser]:
         return roles(base, plan.rank, ("student",), plan.alpha, seed=plan.seed)["student"], base
     return copy.deepcopy(base).requires_grad_(True).train(), base.eval().requires_grad_(False)
 
-# %% ../../nbs/44_text2image.ipynb #30fa28a4
+# %% ../../nbs/44_text2image.ipynb #327221d0
 def pieces(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, shape: tuple[int, ...], shard: Shard = Shard()) -> Pieces:
     """The pieces of the stage from `steps`[0] to `steps`[1]. `base`: what teacher and student begin as; it becomes the teacher."""
     first, settings = steps[0] == plan.stages[0], plan.settings(steps[1])
@@ -262,7 +272,7 @@ def _matching(plan, learner, label, data, shape, settings, shard) -> tuple[RollI
     critic = Critic(_fake(plan, teacher, shape, settings.seed), "snr" if teacher.prediction == "eps" else "snr_plus_one")  # "snr": the plain error of eps
     real = RealSamples(data, settings.seed, shard, learner.device)
     method = DistributionMatching(label.denoiser, critic, ratio=plan.ratio, adversary=plan.adversary, data=real)
-    if (1, 1) == plan.collected == plan.beta:  # backward simulation: always the student of this update, which walks to one node
+    if plan.simulates:
         return Rollout(learner, label, shape, data, 1.0, label=False, solver=solver_by_name("consistency"), seed=settings.seed, shard=shard, visit="one"), method, "consistency"
     return _states(plan, learner, label, data, shape, settings, shard, "consistency", False), method, "consistency"
 
