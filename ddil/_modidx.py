@@ -554,6 +554,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                               'ddil.results._key_problem': ('results.html#_key_problem', 'ddil/results.py'),
                               'ddil.results._problems': ('results.html#_problems', 'ddil/results.py'),
                               'ddil.results._row_problem': ('results.html#_row_problem', 'ddil/results.py'),
+                              'ddil.results._values_problem': ('results.html#_values_problem', 'ddil/results.py'),
                               'ddil.results.join_results': ('results.html#join_results', 'ddil/results.py'),
                               'ddil.results.read_results': ('results.html#read_results', 'ddil/results.py'),
                               'ddil.results.results_table': ('results.html#results_table', 'ddil/results.py'),
