@@ -149,7 +149,7 @@ def _entries(given: Mapping[str, Any], form: Mapping[str, Any], where: str, prob
             problems.append(f"{where}{key}: {error}")
     return good
 
-# %% ../nbs/49_batch.ipynb #ba7d6c0c
+# %% ../nbs/49_batch.ipynb #6c7e36f8
 def code_cells(notebook: str | Path) -> list[tuple[str, list[str]]]:
     """(source, tags) of a notebook's code cells."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
@@ -159,7 +159,7 @@ def code_cells(notebook: str | Path) -> list[tuple[str, list[str]]]:
 def declared_parameters(notebook: str | Path) -> dict[str, str]:
     """Names and annotations of a notebook's parameters. Raises ValueError or FileNotFoundError if there is no such notebook, or it has none."""
     if not Path(notebook).is_file():
-        raise FileNotFoundError(f"there is no notebook {notebook}")
+        raise FileNotFoundError(f"there is no notebook {notebook}; paths are relative to {Path.cwd()}")
     try:
         source = next(source for source, tags in code_cells(notebook) if "parameters" in tags)
     except (StopIteration, KeyError, TypeError, json.JSONDecodeError):

@@ -25,6 +25,8 @@ torch.distributed.init_process_group("gloo")
 total = torch.tensor(float(torch.distributed.get_rank()))
 torch.distributed.all_reduce(total)
 Path(json.loads(Path(sys.argv[1]).read_text())["output"], f"rank-{torch.distributed.get_rank()}").write_text(f"{total.item()} {os.environ['SLURMD_NODENAME']}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 LAUNCH = """
 import json
@@ -76,6 +78,8 @@ def main() -> None:
     Path("small.yaml").write_text(RUNS)
     command = [sys.executable, "-c", RUNNER, "small.yaml", "--executor", "slurm", "--partition", "main"]
 
+    refused = subprocess.run([*command[:-1], "nowhere"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "SLURM refuses" in refused.stderr and "invalid partition" in refused.stderr, refused.stderr
     show("a runner sends all, and is killed while two runs are at work")
     one = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     until(lambda: at("killed") >= 3 and at("slow") >= 3, 90)
@@ -92,6 +96,7 @@ def main() -> None:
     two = subprocess.run(command, capture_output=True, text=True)
     print(two.stdout, two.stderr)
     assert two.returncode == 1
+    assert Path("runs/small/wide/done.json").exists(), Path("runs/small/wide/.run/log.txt").read_text()
     steps = {name: [line.split() for line in Path(f"runs/small/{name}/trace").read_text().splitlines()] for name in ("first", "reader", "failing", "killed", "slow")}
     assert job("slow") == jobs["slow"] and [int(step) for step, _ in steps["slow"]] == list(range(60)), "the run that went on was taken over, not begun again"
     assert len({process for _, process in steps["slow"]}) == 1
