@@ -27,7 +27,7 @@ from .pipeline import KINDS, TextToImage, scheduler_for, unfinished, write_card
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'LowRank', 'Role', 'roles', 'export_adapters']
 
-# %% ../../nbs/41b_roles.ipynb #51e5396d
+# %% ../../nbs/41b_roles.ipynb #d3317dff
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
@@ -45,7 +45,8 @@ class LowRank(nn.Module):
             raise ValueError(f"adapters fit linear layers and ungrouped 2D convolutions, not a {type(layer).__name__}: name other targets")
         nn.init.zeros_(self.lora_B.weight)
         self.scale = scale
-        self.to(layer.weight.device)
+        for part in (self.lora_A, self.lora_B):  # drawn on the CPU, the same for every device, and put where the layer's weight is (in the doctor's rehearsal: nowhere)
+            part.weight = nn.Parameter(layer.weight.detach().new_empty(part.weight.shape, dtype=torch.float32).copy_(part.weight.detach()))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """`output`, of the layer for `x`, with what the adapter adds. Adapters stay in float32 where the network is coarser."""
