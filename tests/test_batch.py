@@ -316,7 +316,7 @@ def test_ready_files_pass_the_check() -> None:
         checked = check([path.relative_to(ROOT) for path in files])
     finally:
         os.chdir(here)
-    assert {"reference", "table1-sd15", "tables2to4-sd15", "table5-inversion", "lcm-sd15", "sfd-cifar10"} <= {batch.name for batch in checked.batches}
+    assert {"reference", "table1-sd15", "tables2to4-sd15", "table5-inversion", "lcm-sd15", "dmd2-ssd1b", "sfd-cifar10"} <= {batch.name for batch in checked.batches}
     reference = next(batch for batch in checked.batches if batch.name == "reference")
     assert not [line for run in reference.runs for line in checked.missing[run.folder]]
     kept = {run.keep for run in reference.runs}
