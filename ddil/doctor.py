@@ -36,7 +36,7 @@ from .text2image.recipe import Pieces, Plan, items_of, pieces
 __all__ = ['LiveBytes', 'Shapes', 'prepare', 'loss_and_gradients', 'rehearsal', 'memory', 'throughput', 'operations', 'Report',
            'examine']
 
-# %% ../nbs/46_doctor.ipynb #1c5f637a
+# %% ../nbs/46_doctor.ipynb #84b57946
 class LiveBytes(TorchDispatchMode):
     """Within it, `now` is the number of bytes held by tensors that were made within it, and `peak` the highest so far."""
 
@@ -49,14 +49,15 @@ class LiveBytes(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                self._heard(tensor.untyped_storage())
+                self._heard(tensor.untyped_storage(), (args, kwargs))
         return output
 
-    def _heard(self, storage: torch.UntypedStorage) -> None:
+    def _heard(self, storage: torch.UntypedStorage, given: tuple) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            older = any(isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == key for tensor in tree_leaves(given))  # a view of a weight is no new memory
+            self._sizes[key] = 0 if older else storage.nbytes()
+            self.now += self._sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._gone, key)
 

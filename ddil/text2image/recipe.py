@@ -191,11 +191,12 @@ def plan_from(values: dict) -> Plan:
         raise ValueError(f"a plan needs {' and '.join(missing)}")
     return Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-# %% ../../nbs/44_text2image.ipynb #af39b8e3
+# %% ../../nbs/44_text2image.ipynb #1829da51
 PRESETS: dict[str, dict] = {
     "scenes": dict(data="scenes:10000", size=32, stages=(32, 16, 8, 4), guidance_scale=4.0, updates=200, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048, posterior="mean", checkpoint_every=100),
     "sd15-coco": dict(data_format="coco", size=512, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=64, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, processes=8),
     "ssd1b": dict(size=1024, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=32, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, capacity=2048, distribution="fsdp2", processes=8),
+    "scenes-dmd2": dict(method="DMD2", data="scenes:10000", size=32, stages=(32, 4), collected=(1.0, 1.0), beta=(1.0, 1.0), guidance_scale=4.0, updates=300, batch=32, learning_rate=1e-4, ratio=2, ema=0.98, rank=16, posterior="mean", checkpoint_every=100),
     "ssd1b-dmd2": dict(method="DMD2", size=1024, stages=(32, 4), guidance_scale=8.0, updates=40000, batch=7, learning_rate=5e-5, warm_up=500, weight_decay=0.01, adapters="lora", rank=64, alpha=8.0, ratio=5, adversary=0.005, watch_every=1000,
                        precision="bf16", gradient_checkpointing=True, capacity=1024),
 }
@@ -206,7 +207,7 @@ def preset(name: str, **changes) -> Plan:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known are {', '.join(PRESETS)}")
     known = dict(PRESETS[name])
-    if name == "scenes" and not changes.get("model"):
+    if name.startswith("scenes") and not changes.get("model"):
         known["model"] = str(asset("scenes-pipeline"))
     if changes.get("method", "PD") != "PD":
         known["stages"] = (known["stages"][0], known["stages"][-1])  # the other methods know one stage
