@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference clean
+.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference test-slurm clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,42 +54,16 @@ scenes: .installed ## train the text-to-image model of captioned scenes anew int
 text2image: .installed ## distil the scenes model by every method into runs/text2image (another model: make text2image ARGS="-p preset sd15-coco -p model …")
 	$(call experiment,text2image,runs/text2image,$(ARGS))
 
-reference: .installed ## make the reference results of experiments/reference anew (twelve hours on two cores)
-	$(call experiment,ddil,runs/reference/ddil,-p updates 1000 -p atoms_updates 1000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p samples 2000)
-	$(BIN)/python tools/keep.py runs/reference/ddil experiments/reference/ddil
-	$(call experiment,solvers,runs/reference/solvers,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
-	$(BIN)/python tools/keep.py runs/reference/solvers experiments/reference/solvers
-	$(call experiment,trajectory_methods,runs/reference/trajectory_methods,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p digits_seeds 0$(comma)1$(comma)2)
-	$(BIN)/python tools/keep.py runs/reference/trajectory_methods experiments/reference/trajectory_methods
-	$(call experiment,sfd,runs/reference/sfd,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
-	$(BIN)/python tools/keep.py runs/reference/sfd experiments/reference/sfd
-	$(call experiment,trajectory_methods,runs/reference/declared,-p problems digits -p methods 'latent consistency$(comma)progressive$(comma)CTM' -p seeds 10$(comma)11$(comma)12$(comma)13$(comma)14$(comma)15$(comma)16$(comma)17)
-	$(BIN)/python tools/keep.py runs/reference/declared experiments/reference/declared
-	$(call experiment,trajectory_methods,runs/reference/declared-teacher,-p problems digits -p methods 'latent consistency' -p seeds 10$(comma)11$(comma)12$(comma)13$(comma)14$(comma)15$(comma)16$(comma)17 -y 'beta: [0.0$(comma) 0.0]')
-	$(BIN)/python tools/keep.py runs/reference/declared-teacher experiments/reference/declared-teacher
-	$(call experiment,priors,runs/reference/priors,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
-	$(BIN)/python tools/keep.py runs/reference/priors experiments/reference/priors
-	$(call experiment,covariate_shift,runs/reference/covariate_shift,-p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4)
-	$(BIN)/python tools/keep.py runs/reference/covariate_shift experiments/reference/covariate_shift
-	$(call experiment,compare,runs/reference/compare,-p budgets 15000$(comma)45000 -p seeds 0$(comma)1$(comma)2$(comma)3$(comma)4 -p also experiments/reference/trajectory_methods)
-	$(BIN)/python tools/keep.py runs/reference/compare experiments/reference/compare
-	$(call experiment,scenes,runs/reference/scenes)
-	$(BIN)/python tools/keep.py runs/reference/scenes experiments/reference/scenes
-	$(call experiment,text2image,runs/reference/text2image,-p seeds 0$(comma)1)
-	$(BIN)/python tools/keep.py runs/reference/text2image experiments/reference/text2image
-	$(call experiment,prompt_inversion,runs/reference/prompt_inversion,-p count 16 -p restarts 2 -p updates 150 -p per_prompt 6 -y 'students: {$(subst ;,$(comma) ,$(scenes_students))}')
-	$(BIN)/python tools/keep.py runs/reference/prompt_inversion experiments/reference/prompt_inversion
-	$(call experiment,covariate_shift,runs/reference/covariate_shift-scenes,-p problems scenes -p scenes_updates 200 -p samples 64 -p seeds 0$(comma)1)
-	$(BIN)/python tools/keep.py runs/reference/covariate_shift-scenes experiments/reference/covariate_shift-scenes
+reference: .installed ## make the reference results of experiments/reference anew (ten hours of runs: six on two cores; what they would be: make reference ARGS=--dry-run)
+	$(BIN)/python -m ddil.cli batch experiments/batches/reference.yaml $(ARGS)
 	$(BIN)/nbdev_clean --fname experiments
+
+test-slurm: .installed ## try batches on a real SLURM of two nodes, on this machine (needs Debian's slurm-wlm and munge)
+	tests/slurm/run.sh $(BIN)/python
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
 	rm -rf build dist *.egg-info .pytest_cache .installed
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
-
-comma := ,
-students := runs/reference/text2image/students
-scenes_students := PD: $(students)/PD/seed-0/8-to-4/student;PD + DDIL: $(students)/PD-DDIL/seed-0/8-to-4/student;LCM: $(students)/LCM/seed-0/40-to-4/student;LCM + DDIL: $(students)/LCM-DDIL/seed-0/40-to-4/student;LCM-LoRA: $(students)/LCM-LoRA/seed-0/40-to-4/student;SFD: $(students)/SFD/seed-0/32-to-4/student
 
 # $(call experiment,NAME,FOLDER,PARAMETERS): run experiments/NAME.ipynb with FOLDER as its output
 define experiment

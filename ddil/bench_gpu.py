@@ -27,31 +27,37 @@ from .text2image.recipe import Plan, pieces
 from .train import Trainer, make_accelerator
 
 # %% auto #0
-__all__ = ['SD15', 'TINY', 'SIZES', 'WAYS', 'PEAKS', 'plan_for', 'trainer_for', 'measured', 'ddil_over_pd', 'peak_of', 'measure',
-           'main']
+__all__ = ['SD15', 'TINY', 'SSD1B', 'SIZES', 'WAYS', 'MEMORY', 'PEAKS', 'plan_for', 'trainer_for', 'measured', 'ddil_over_pd',
+           'peak_of', 'measure', 'main']
 
-# %% ../nbs/48_bench_gpu.ipynb #05851a6b
+# %% ../nbs/48_bench_gpu.ipynb #bfaf2155
 SD15 = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
 TINY = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16, attention_head_dim=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-SIZES = {"sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512), "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64)}
+SSD1B = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
+             transformer_layers_per_block=(1, (2, 2), (4, 4)), reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+             up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), mid_block_type="UNetMidBlock2D", addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+SIZES = {"sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512), "ssd1b": (SSD1B, Shapes.of(SSD1B, (4, 128, 128), 77), 1024), "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64)}
 WAYS = {"PD": {"collected": (0.0, 0.0)}, "DDIL": {}, "LCM": {"method": "LCM", "collected": (0.0, 0.0)}, "SFD": {"method": "SFD"}}
+MEMORY = {"DDIL": {}, "DDIL, adapters": {"adapters": "lora"}, "DMD2, three networks": {"method": "DMD2"}, "DMD2, roles": {"method": "DMD2", "adapters": "lora"}}
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # dense bf16 operations per second, by the makers' data sheets
 
 
 def plan_for(size: str, way: dict, batch: int, **more) -> Plan:
     """The plan of one row: a stage from 8 steps to 4."""
     precision = "bf16" if torch.cuda.is_available() else "no"
-    return Plan("random weights", "random latents", size=SIZES[size][2], stages=(8, 4), batch=batch, updates=1000, capacity=4 * batch, precision=precision, rank=64 if size == "sd15" else 4, **{**way, **more})
+    return Plan("random weights", "random latents", size=SIZES[size][2], stages=(8, 4), batch=batch, updates=1000, capacity=4 * batch, precision=precision, rank=4 if size == "tiny" else 64, **{**way, **more})
 
 
 def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
     """A trainer of a network of random weights on random latents."""
     config, shapes, _ = SIZES[size]
     torch.manual_seed(0)
-    base = TextDenoiser(UNet2DConditionModel.from_config(config), DiscreteVP(), "eps", torch.zeros(shapes.cond["embeddings"])).to(device)
-    data = TensorData(torch.randn(64, *shapes.sample), torch.randn(64, *shapes.cond["embeddings"]))
+    pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
+    base = TextDenoiser(UNet2DConditionModel.from_config(config), DiscreteVP(), "eps", torch.zeros(shapes.cond["embeddings"]), null_text_embeds=pooled).to(device)
+    cond = {name: torch.randn(64, *shape) for name, shape in shapes.cond.items()}
+    data = TensorData(torch.randn(64, *shapes.sample), cond if len(cond) > 1 else cond["embeddings"])
     made = pieces(plan, plan.pairs[0], base, data, shapes.sample).frozen(plan)
     return Trainer(made.student, made.method, made.rollin, made.settings, accelerator=make_accelerator("cpu" if device == "cpu" else "auto", plan.precision))
 
@@ -87,7 +93,7 @@ def ddil_over_pd(size: str, batch: int, device: str, updates: int) -> float:
     seconds = alternate({name: partial(advance, name, 10) for name in trainers}, updates // 10, stopwatch(device), warm_up=0)
     return float(seconds["DDIL"].sum() / seconds["PD"].sum())
 
-# %% ../nbs/48_bench_gpu.ipynb #3aac250e
+# %% ../nbs/48_bench_gpu.ipynb #0923391d
 def peak_of(size: str, plan: Plan, device: str) -> tuple[int, int]:
     """Peak bytes of training by this plan, measured, and as the doctor estimates them."""
     config, shapes, _ = SIZES[size]
@@ -117,8 +123,7 @@ def measure(size: str = "sd15", batch: int = 8, rounds: int = 10, updates: int =
     told: dict = {"date": datetime.date.today().isoformat(), "device": name, "size": size, "batch": batch}
     told["methods"] = {way: measured(size, way, plan_for(size, changes, batch), device, rounds, peak) for way, changes in WAYS.items()}
     told["DDIL ÷ PD"] = ddil_over_pd(size, batch, device, updates)
-    ways = {"full": {"gradient_checkpointing": True}, "LoRA": {"gradient_checkpointing": True, "adapters": "lora"}}
-    told["peak bytes, measured and estimated"] = {way: peak_of(size, plan_for(size, WAYS["DDIL"], batch, **changes), device) for way, changes in ways.items()}
+    told["peak bytes, measured and estimated"] = {way: peak_of(size, plan_for(size, changes, batch, gradient_checkpointing=True), device) for way, changes in MEMORY.items()}
     return told
 
 # %% ../nbs/48_bench_gpu.ipynb #d3bbaf03

@@ -183,7 +183,7 @@ class FurtherInputs(nn.Module):
         parts = [layer(self.sinusoids(name, values[name]).to(layer[0].weight.dtype)) for name, layer in self.layers.items()]
         return torch.stack(parts).sum(0)
 
-# %% ../nbs/03_denoiser.ipynb #0f417b68
+# %% ../nbs/03_denoiser.ipynb #7000a745
 class NetworkDenoiser(Denoiser):
     """A network that outputs `prediction` (one of PREDICTIONS), told the time as the discrete index `knots` t - 1, and further `inputs` if it takes any."""
 
@@ -225,6 +225,23 @@ class NetworkDenoiser(Denoiser):
     def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:
         """What the network itself says; index: (n,) float32."""
         raise NotImplementedError
+
+    # What others may not do with the network itself, because some denoisers share theirs (see `ddil.text2image.roles`).
+
+    shares_network: bool = False
+
+    @property
+    def saved_as(self) -> str:
+        """The class that a saved copy of this denoiser is read as."""
+        return type(self).__name__
+
+    def whole(self) -> nn.Module:
+        """The network with all that this denoiser adds to it, for others to use."""
+        return self.network
+
+    def checkpoint_gradients(self) -> None:
+        """Let the network compute activations again in the backward pass instead of keeping them."""
+        self.network.enable_gradient_checkpointing()
 
 # %% ../nbs/03_denoiser.ipynb #df09a5f4
 @contextmanager

@@ -184,7 +184,7 @@ def shard(module: nn.Module, **options) -> None:
             unit.unshard()
             unit.reshard()
 
-# %% ../nbs/14b_distribution.ipynb #3dd1b3e7
+# %% ../nbs/14b_distribution.ipynb #42202549
 class Sharded(Replicated):
     """Each process holds its share of every parameter, gradient and moment (FSDP2)."""
 
@@ -201,6 +201,8 @@ class Sharded(Replicated):
             raise ValueError("FSDP2 trains in precision 'no' or 'bf16' here, not 'fp16': choose bf16, or the distribution 'ddp'")
         if optimizer == "adamw8bit":
             raise ValueError("the optimiser 'adamw8bit' does not know sharded parameters: choose 'adamw', or the distribution 'ddp'")
+        if shared := [name for name, network in networks.items() if any(getattr(part, "shares_network", False) for part in network.modules())]:
+            raise ValueError(f"FSDP2 shares out whole networks, and {', '.join(shared)} consists of adapters on a frozen one that others use, too: choose the distribution 'ddp'")
         if asks_apart(rollin):
             raise ValueError("under FSDP2 all processes must call the networks together, and with mixing='sample' each calls them for the rows that it drew: "
                              "choose mixing='batch', or the distribution 'ddp'")

@@ -36,7 +36,7 @@ from .text2image.recipe import Pieces, Plan, items_of, pieces
 __all__ = ['LiveBytes', 'Shapes', 'prepare', 'loss_and_gradients', 'rehearsal', 'memory', 'throughput', 'operations', 'Report',
            'examine']
 
-# %% ../nbs/46_doctor.ipynb #1c5f637a
+# %% ../nbs/46_doctor.ipynb #84b57946
 class LiveBytes(TorchDispatchMode):
     """Within it, `now` is the number of bytes held by tensors that were made within it, and `peak` the highest so far."""
 
@@ -49,21 +49,22 @@ class LiveBytes(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                self._heard(tensor.untyped_storage())
+                self._heard(tensor.untyped_storage(), (args, kwargs))
         return output
 
-    def _heard(self, storage: torch.UntypedStorage) -> None:
+    def _heard(self, storage: torch.UntypedStorage, given: tuple) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            older = any(isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == key for tensor in tree_leaves(given))  # a view of a weight is no new memory
+            self._sizes[key] = 0 if older else storage.nbytes()
+            self.now += self._sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-# %% ../nbs/46_doctor.ipynb #a1178bb9
+# %% ../nbs/46_doctor.ipynb #a34f9608
 @dataclass
 class Shapes:
     """The shapes that a network's configuration decides: of a sample, and of one row of each part of its condition."""
@@ -82,11 +83,11 @@ class Shapes:
 
     def states(self, n: int, made: Pieces) -> States:
         """n states at the first node."""
-        grid, stops = made.grid.tolist(), made.method.teacher.stops
+        grid, stops = made.grid.tolist(), made.label.stops
         row = lambda value: torch.full((n,), value, dtype=torch.float64)
         cond: Cond = {name: torch.zeros(n, *shape) for name, shape in self.cond.items()}
         z = torch.zeros(n, *self.sample)
-        return States(z, row(grid[0]), row(stops[made.method.teacher.look]), cond if len(cond) > 1 else cond["embeddings"], np.zeros(n, int), x=z)
+        return States(z, row(grid[0]), row(stops[made.label.look]), cond if len(cond) > 1 else cond["embeddings"], np.zeros(n, int), x=z)
 
     def bytes(self) -> int:
         """Of one state in a replay: z, the label and the condition, in float32."""
@@ -101,17 +102,20 @@ class _NoData:
 
 
 def prepare(plan: Plan, made: Pieces) -> None:
-    """What the trainer does to the student's network before the first update."""
-    if plan.gradient_checkpointing:
-        innermost(made.student).network.enable_gradient_checkpointing()
+    """What the trainer does to the networks that learn before the first update."""
+    for network in made.learners.values() if plan.gradient_checkpointing else ():
+        innermost(network).checkpoint_gradients()
 
 
 def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "cpu") -> None:
-    """One update but for the optimiser's step."""
+    """One update but for the optimisers' steps: each turn's loss and gradients, which are let go before the next."""
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
-    with torch.autocast(device, kind or torch.bfloat16, enabled=kind is not None):
-        loss, _ = made.method.loss(made.student, states)
-    loss.backward()
+    for turn in made.method.turns(0):
+        with torch.autocast(device, kind or torch.bfloat16, enabled=kind is not None):
+            loss, _ = turn.loss(made.learners, states)
+        loss.backward()
+        for network in made.learners.values():
+            network.zero_grad(set_to_none=True)
 
 # %% ../nbs/46_doctor.ipynb #72871809
 @contextlib.contextmanager
@@ -140,7 +144,7 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
             loss_and_gradients(plan, made, states)
     return made, live.peak
 
-# %% ../nbs/46_doctor.ipynb #fe1884d2
+# %% ../nbs/46_doctor.ipynb #eeffd01b
 def _bytes(network: nn.Module, trained: bool | None = None) -> int:
     """Of its parameters; of those that are trained, or that are not."""
     return sum(p.numel() * p.element_size() for p in network.parameters() if trained is None or p.requires_grad == trained)
@@ -148,19 +152,20 @@ def _bytes(network: nn.Module, trained: bool | None = None) -> int:
 
 def memory(plan: Plan, made: Pieces, peak: int, shapes: Shapes) -> dict[str, int]:
     """The bytes that one process needs in training, by what they are for. `peak`: of one update, from the rehearsal."""
-    world, trained = plan.processes * plan.nodes, _bytes(made.student, True)
+    learns = {name: _bytes(network, True) for name, network in made.learners.items()}
+    world, trained, largest = plan.processes * plan.nodes, sum(learns.values()), max(learns.values())
     half = 2 if plan.precision == "bf16" else 1
     followers = sum(_bytes(follower.network, None) for follower in made.method.followers.values())
     sharded = world if plan.distribution == "fsdp2" else 1
     state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // (world if plan.distribution in ("fsdp2", "zero2") else 1)
-    update = peak - (trained - trained // world if world > 1 and plan.distribution in ("fsdp2", "zero2") else 0)
-    collected = plan.method != "SFD" and any(plan.collected)
-    parts = {"student": _bytes(made.student) // sharded, "teacher": _bytes(made.teacher) // half, "target": followers, "average": trained // sharded if plan.ema else 0, "optimiser": state,
+    update = peak - (largest - largest // world if world > 1 and plan.distribution in ("fsdp2", "zero2") else 0)
+    collected = plan.method != "SFD" and any(plan.collected) and not plan.simulates
+    parts = {**{name: _bytes(network) // sharded for name, network in made.learners.items()}, "teacher": _bytes(made.teacher) // (half if plan.adapters == "full" else 1), "target": followers, "average": learns["student"] // sharded if plan.ema else 0, "optimiser": state,
              "update (activations, gradients)": max(update, 0), "buckets of DDP": trained if world > 1 and plan.distribution == "ddp" else 0,
              "replay": plan.capacity // world * shapes.bytes() if collected else 0}
     return {name: size for name, size in parts.items() if size}
 
-# %% ../nbs/46_doctor.ipynb #ea861196
+# %% ../nbs/46_doctor.ipynb #b2ef8b95
 def throughput(precision: str = "no", device: str = "cpu", seconds: float = 0.3) -> float:
     """Floating point operations per second of a matrix product on this device, in the precision of training."""
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -183,7 +188,16 @@ def operations(plan: Plan, forward: float) -> float:
     drives = 0.6 * plan.beta[0] + 0.4 * plan.beta[1]
     label = (2 if plan.guidance_scale != 1 else 1) * (1 if plan.method == "LCM" else plan.stages[0] // plan.stages[1])
     learning = (2 if plan.adapters == "lora" else 3) + plan.gradient_checkpointing + (plan.method == "LCM")
+    if plan.method == "DMD2":
+        return plan.accumulate * forward * (_matching(plan, learning) + ((plan.stages[1] - 1) / 2 if plan.simulates else share / plan.reuse * ((1 - drives) * label + drives)))
     return plan.accumulate * forward * (learning + (1 - share) * label + share / plan.reuse * (label + drives))
+
+
+def _matching(plan: Plan, learning: int) -> float:
+    """Evaluations of an average update of DMD2, without its roll-in."""
+    judged = bool(plan.adversary)
+    student = learning + (2 if plan.guidance_scale != 1 else 1) + 1 + judged * (2 + plan.gradient_checkpointing)  # real and fake score, and through the judge and back
+    return student / plan.ratio + (1 - 1 / plan.ratio) + learning * (3 if judged else 1)
 
 # %% ../nbs/46_doctor.ipynb #ba7ecda4
 @dataclass
@@ -251,7 +265,7 @@ def _weights(plan: Plan) -> str:
         told.append(f"{part} {'/'.join(sorted(kinds))}")
     return ", ".join(told)
 
-# %% ../nbs/46_doctor.ipynb #78b68c48
+# %% ../nbs/46_doctor.ipynb #d08bf960
 def _data(plan: Plan) -> tuple[str, CaptionedImages]:
     items = items_of(plan)
     first = next(iter(replace(items, limit=1) if items.limit is None else items))
@@ -260,8 +274,8 @@ def _data(plan: Plan) -> tuple[str, CaptionedImages]:
 
 def _disk(plan: Plan, made: Pieces, shapes: Shapes, items: CaptionedImages | None) -> str:
     """How much will be written. Raises OSError if there is no room for it."""
-    trained = _bytes(made.student, True)
-    checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(made.student)
+    trained = sum(_bytes(network, True) for network in made.learners.values())
+    checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(innermost(made.student).network)
     entry = sum(int(np.prod(shape)) for shape in (shapes.sample, *shapes.cond.values()))  # latents and what the text encoder says, in two bytes each
     cache = 2 * (items.count or 0) * entry if items is not None else 0
     place = Path(plan.output)

@@ -19,26 +19,39 @@ from .metrics import mean_interval
 # %% auto #0
 __all__ = ['row', 'write_results', 'read_results', 'results_table', 'join_results']
 
-# %% ../nbs/36_results.ipynb #cbd1df5f
+# %% ../nbs/36_results.ipynb #f154aacd
 def row(arm: str, steps: int, metric: str, values_per_seed: Mapping[int, float]) -> dict[str, Any]:
-    """A row of results from one value for each seed: mean and 95 % interval (without ends for a single seed)."""
+    """A row of results from one value for each seed: mean, 95 % interval (without ends for a single seed), and the values."""
     estimate = mean_interval(list(values_per_seed.values()))
     ends = [estimate.low, estimate.high] if estimate.n > 1 else [None, None]
-    return {"arm": arm, "steps": steps, "metric": metric, "mean": estimate.mean, "ci95": ends, "seeds": [int(seed) for seed in values_per_seed], "n": estimate.n}
+    return {"arm": arm, "steps": steps, "metric": metric, "mean": estimate.mean, "ci95": ends, "seeds": [int(seed) for seed in values_per_seed], "n": estimate.n,
+            "values": [float(value) for value in values_per_seed.values()]}
 
-# %% ../nbs/36_results.ipynb #eaa6a944
+# %% ../nbs/36_results.ipynb #7788bbf5
 _ROW = {"arm": str, "steps": int, "metric": str, "mean": (int, float), "ci95": list, "seeds": list, "n": int}
 _RESULTS = {"experiment": str, "protocol": dict, "command": str, "package_version": str, "rows": list}
+_OPTIONAL = {"values": list}
 
 
 def _key_problem(entry: Any, form: Mapping[str, Any]) -> str | None:
-    """What is wrong with the keys or types of `entry`, which should be like `form`."""
-    if not isinstance(entry, dict) or entry.keys() != form.keys():
+    """What is wrong with the keys or types of `entry`, which should be like `form`; `_OPTIONAL` keys may be there."""
+    if not isinstance(entry, dict) or entry.keys() - _OPTIONAL.keys() != form.keys():
         return f"must have the keys {', '.join(form)}, not {', '.join(map(str, entry)) if isinstance(entry, dict) else repr(entry)}"
-    wrong = [key for key, kind in form.items() if not isinstance(entry[key], kind) or isinstance(entry[key], bool)]
+    wrong = [key for key, kind in {**form, **_OPTIONAL}.items() if key in entry and (not isinstance(entry[key], kind) or isinstance(entry[key], bool))]
     return f"has {wrong[0]} = {entry[wrong[0]]!r}, which is of the wrong type" if wrong else None
 
-# %% ../nbs/36_results.ipynb #b9a8472c
+# %% ../nbs/36_results.ipynb #900bc43e
+def _values_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of the seeds in a row, if it keeps them."""
+    values = row.get("values")
+    if values is None:
+        return None
+    if len(values) != row["n"] or any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
+        return f"has the values {values} for {row['n']} seeds: there must be one finite number for each"
+    mean = sum(values) / len(values)
+    return None if math.isclose(mean, row["mean"], rel_tol=1e-6, abs_tol=1e-9 * max(map(abs, values))) else f"has the mean {row['mean']}, but its values have {mean}"
+
+
 def _row_problem(row: Any, protocol: Mapping[str, Any]) -> str | None:
     """What is wrong with a row of results, if anything."""
     if problem := _key_problem(row, _ROW):
@@ -55,7 +68,7 @@ def _row_problem(row: Any, protocol: Mapping[str, Any]) -> str | None:
     held = -math.inf < ends[0] <= row["mean"] <= ends[1] < math.inf
     if not (held if row["n"] > 1 else all(map(math.isnan, ends))):
         return f"has the interval {row['ci95']} for mean {row['mean']} of {row['n']} seeds: it must hold the mean, and be without ends for one seed"
-    return None
+    return _values_problem(row)
 
 # %% ../nbs/36_results.ipynb #50d7f3ec
 def _problems(results: Any) -> Iterator[str]:

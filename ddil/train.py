@@ -95,14 +95,14 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter], name: str
         raise ModuleNotFoundError(f"optimizer='adamw8bit' needs the package bitsandbytes ({error}): pip install bitsandbytes, or choose 'adamw'") from error
     return AdamW8bit(parameters, **options)
 
-# %% ../nbs/18_train.ipynb #ed8f700d
+# %% ../nbs/18_train.ipynb #8c5c1a44
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Let the networks in a denoiser compute activations again instead of keeping them. Raises ValueError, naming the class, for one that cannot."""
-    for inner in [innermost(network).network] if hasattr(innermost(network), "network") else [network]:
-        try:
-            inner.enable_gradient_checkpointing()
-        except (AttributeError, ValueError) as error:
-            raise ValueError(f"{type(inner).__name__} has no gradient checkpointing ({error}): set gradient_checkpointing=False") from error
+    """Let the network in a denoiser compute activations again instead of keeping them. Raises ValueError, naming the class, for one that cannot."""
+    inner = innermost(network)
+    try:
+        inner.checkpoint_gradients()
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{type(getattr(inner, 'network', inner)).__name__} has no gradient checkpointing ({error}): set gradient_checkpointing=False") from error
 
 # %% ../nbs/18_train.ipynb #547a0e65
 def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator:

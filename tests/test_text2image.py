@@ -15,11 +15,12 @@ from torch import Tensor
 from ddil import cli
 from ddil.artifact import Sampler
 from ddil.data import TensorData
-from ddil.denoiser import Guided, innermost
+from ddil.denoiser import Denoiser, Guided, innermost
 from ddil.files import read_tensors
 from ddil.solvers import walk
 from ddil.text2image.pipeline import TextToImage, export_pipeline, tiny_pipeline
 from ddil.text2image.recipe import Plan, distil_text
+from ddil.train import read_log
 
 PROMPTS = ["a red square above a blue circle", "three green triangles", "a small white circle", "two pink squares"] * 4
 
@@ -48,7 +49,7 @@ def weights(sampler: Sampler) -> dict[str, Tensor]:
     return innermost(sampler.denoiser).network.state_dict()
 
 
-@pytest.mark.parametrize("method", ["PD", "LCM", "SFD"])
+@pytest.mark.parametrize("method", ["PD", "LCM", "SFD", "DMD2"])
 def test_sdxl_from_plan_to_plain_diffusers(models: dict[str, Path], tmp_path: Path, method: str) -> None:
     """Pooled embeddings and sizes travel through roll-ins, replay and guidance, and plain diffusers draws the student's pictures."""
     data = latents(models["StableDiffusionXL"])
@@ -70,9 +71,9 @@ class Stopped(Exception):
     """Stands for a kill between two updates."""
 
 
-@pytest.mark.parametrize("adapters", ["full", "lora"])
+@pytest.mark.parametrize(("method", "adapters"), [("PD", "full"), ("PD", "lora"), ("DMD2", "lora")])
 @pytest.mark.parametrize("stop", [1, 3])
-def test_interrupted_and_gone_on_with(models: dict[str, Path], tmp_path: Path, adapters: str, stop: int) -> None:
+def test_interrupted_and_gone_on_with(models: dict[str, Path], tmp_path: Path, method: str, adapters: str, stop: int) -> None:
     """The student is the same to the last bit, whether or not its training was interrupted."""
 
     def interrupted(updates: Iterable[int], stage: str) -> Iterator[int]:
@@ -81,7 +82,7 @@ def test_interrupted_and_gone_on_with(models: dict[str, Path], tmp_path: Path, a
                 raise Stopped
             yield update
 
-    data, asked = latents(models["StableDiffusion"]), plan(models["StableDiffusion"], tmp_path / "whole", adapters=adapters)
+    data, asked = latents(models["StableDiffusion"]), plan(models["StableDiffusion"], tmp_path / "whole", method=method, adapters=adapters)
     whole = distil_text(asked, data=data)[2]
     with pytest.raises(Stopped):
         distil_text(replace(asked, output=str(tmp_path / "parts")), bar=interrupted, data=data)
@@ -94,6 +95,36 @@ def test_adapters_alone_are_checkpointed(models: dict[str, Path], tmp_path: Path
     distil_text(plan(models["StableDiffusion"], tmp_path, adapters="lora"), data=latents(models["StableDiffusion"]))
     kept = read_tensors(next((tmp_path / "4-to-2" / "checkpoints").glob("update-*")) / "network-student.safetensors")
     assert kept and all("lora_" in name or name.startswith("null_") for name in kept)
+
+
+@pytest.mark.parametrize("states", ["mixture", "simulated"])
+def test_roles_of_dmd2_in_plain_diffusers(models: dict[str, Path], tmp_path: Path, states: str) -> None:
+    """Three roles on one network: the student's LoRA file on the untouched base, and its folder, give its pictures at 999, 749, 499, 249."""
+    source, shares = models["StableDiffusion"], {"collected": (1.0, 1.0), "beta": (1.0, 1.0)} if states == "simulated" else {}
+    data = latents(source)
+    student = distil_text(plan(source, tmp_path / "run", method="DMD2", adapters="lora", alpha=2.0, stages=(8, 4), updates=12, ratio=2, learning_rate=1e-2, **shares), data=data)[4]
+    told = read_log(tmp_path / "run" / "8-to-4")[-1]
+    assert (told["beta used"] == 1.0 and "forward used" not in told) if states == "simulated" else told["forward used"] + told["collected used"] == 1.0
+    folder, model = export_pipeline(student, TextToImage.load(source), tmp_path / "out"), TextToImage.load(source)
+    card = (folder / "README.md").read_text()
+    assert "[999, 749, 499, 249]" in card and "**guidance_scale=1.0**" in card and "DMD2" in card
+    whole, light = (diffusers.StableDiffusionPipeline.from_pretrained(place, use_safetensors=True) for place in (folder, source))
+    light.load_lora_weights(tmp_path / "run" / "8-to-4" / "lora")
+    light.scheduler = diffusers.LCMScheduler.from_pretrained(tmp_path / "run" / "8-to-4" / "lora", subfolder="scheduler")
+    noise, cond = torch.randn(2, 4, 8, 8), data.conditions(np.arange(2))
+
+    def walked(denoiser: Denoiser) -> Tensor:
+        draw = torch.Generator().manual_seed(3)
+        with torch.inference_mode():
+            return list(walk(denoiser, noise, student.grid, cond, student.step, lambda z: torch.randn(z.shape, generator=draw)))[-1]
+
+    ours = walked(student.denoiser)
+    assert (walked(model.denoiser()) - ours).abs().max() > 1e-2 * ours.abs().max()
+    for plain in (whole, light):
+        plain.set_progress_bar_config(disable=True)
+        theirs = plain(PROMPTS[:2], num_inference_steps=4, guidance_scale=1.0, latents=noise.clone(), generator=torch.Generator().manual_seed(3), output_type="latent", height=32, width=32).images
+        assert plain.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+        assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
 
 
 def test_a_student_is_not_guided_twice(models: dict[str, Path], tmp_path: Path) -> None:
