@@ -73,14 +73,14 @@ def formula(latex: str, block: bool = False) -> str:
     made = made.replace("<math ", f'<math alttext="{html.escape(latex.strip())}" ', 1)
     return f'<div class="formula" tabindex="0">{made}</div>' if block else made
 
-# %% ../nbs/48b_pages.ipynb #0d117be0
+# %% ../nbs/48b_pages.ipynb #e6c6e6d8
 ASSETS = Path(ddil.__file__).parent / "assets" / "site"
 _MADE = ".ddil-pages"  # stands in every folder that we have made, and may replace
 
 
 @dataclass
 class Book:
-    """Pages in one folder. `menu`: (heading, [(name, address), …]); `sources`: resolved path of a notebook → address of its page; addresses are relative to the folder."""
+    """Pages in one folder. `menu`: (heading, [(name, address), …]); `sources`: resolved path of a notebook or folder → address of its page; addresses are relative to the folder."""
 
     folder: Path
     title: str
@@ -176,7 +176,7 @@ def dead_links(folder: Path) -> Iterator[str]:
             elif place and target in pages and unquote(place) not in pages[target].places:
                 yield f"{path.name}: there is no place {link}"
 
-# %% ../nbs/48b_pages.ipynb #f934e259
+# %% ../nbs/48b_pages.ipynb #e8a2b662
 def slug(text: str) -> str:
     """A heading as the name of a place: "Links, and formulas" → "links-and-formulas"."""
     return re.sub(r"[^\w]+", "-", re.sub(r"<[^>]+>", "", html.unescape(text)).lower()).strip("-") or "section"
@@ -218,10 +218,11 @@ class _Markdown(IPythonRenderer):
 
     def codespan(self, text: str) -> str:
         shown = f"<code>{html.escape(text, quote=False)}</code>"
-        name = re.fullmatch(r"(?:(nbs|experiments)/)?(\w+)(?:\.ipynb)?", text)
-        stem = self.book.stems.get(name[2]) if name else None
-        other = next((address for path, address in self.book.sources.items() if name and name[1] == path.parent.name == "experiments" and path.stem == name[2]), None)
-        return f'<a href="{self.root}{stem or other}">{shown}</a>' if stem or other else shown
+        if not re.fullmatch(r"[\w./-]+", text):
+            return shown
+        meant = [self.book.sources.get((folder / (text + ending)).resolve()) for folder in (self.base, self.base.parent) for ending in ("", ".ipynb")]
+        address = next(filter(None, [self.book.stems.get(text), *meant]), None)
+        return f'<a href="{self.root}{address}">{shown}</a>' if address else shown
 
     def table(self, text: str) -> str:
         return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table class="prose-table">\n{text}</table></div>\n'
