@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference clean
+.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference report site clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ reference: .installed ## make the reference results of experiments/reference ane
 	$(call experiment,covariate_shift,runs/reference/covariate_shift-scenes,-p problems scenes -p scenes_updates 200 -p samples 64 -p seeds 0$(comma)1)
 	$(BIN)/python tools/keep.py runs/reference/covariate_shift-scenes experiments/reference/covariate_shift-scenes
 	$(BIN)/nbdev_clean --fname experiments
+
+report: .installed ## tables, curves and pages of the results below a folder (make report ARGS="runs/mine --output runs/report")
+	$(BIN)/python -m ddil.cli report $(or $(ARGS),runs)
+
+site: .installed ## build the documentation, with all notebooks and results, into runs/site
+	$(BIN)/python -m ddil.cli site --output runs/site
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
 	rm -rf build dist *.egg-info .pytest_cache .installed
