@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference test-slurm clean
+.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference test-slurm report site clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ reference: .installed ## make the reference results of experiments/reference ane
 
 test-slurm: .installed ## try batches on a real SLURM of two nodes, on this machine (needs Debian's slurm-wlm and munge)
 	tests/slurm/run.sh $(BIN)/python
+
+report: .installed ## tables, curves and pages of the results below a folder (make report ARGS="runs/mine --output runs/report")
+	$(BIN)/python -m ddil.cli report $(or $(ARGS),runs)
+
+site: .installed ## build the documentation, with all notebooks and results, into runs/site
+	$(BIN)/python -m ddil.cli site --output runs/site
 
 clean: ## remove caches and build products (keeps runs/ and the environment)
 	rm -rf build dist *.egg-info .pytest_cache .installed

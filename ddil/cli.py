@@ -71,8 +71,12 @@ def distil(plan: Plan) -> Path:
           f'  DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", num_inference_steps={student.steps}, guidance_scale=1.0)')
     return folder
 
-# %% ../nbs/50_cli.ipynb #567254ba
-COMMANDS: dict[str, tuple[str, str]] = {"batch": ("ddil.runner", "run the notebooks of batch files, here or on a cluster")}
+# %% ../nbs/50_cli.ipynb #a84df782
+COMMANDS: dict[str, tuple[str, str]] = {
+    "batch": ("ddil.runner", "run the notebooks of batch files, here or on a cluster"),
+    "report": ("ddil.report", "collate results into tables, curves and pages"),
+    "site": ("ddil.site", "build the documentation from a clone of the repository"),
+}
 
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from .files import write_text
 from .metrics import mean_interval
 
 # %% auto #0
-__all__ = ['row', 'write_results', 'read_results', 'results_table', 'join_results']
+__all__ = ['row', 'write_results', 'read_results', 'results_table', 'differing_fields', 'join_results']
 
 # %% ../nbs/36_results.ipynb #f154aacd
 def row(arm: str, steps: int, metric: str, values_per_seed: Mapping[int, float]) -> dict[str, Any]:
@@ -151,17 +151,20 @@ def results_table(results: Mapping[str, Any], metric: str, digits: int = 3, pape
     note += " Rows marked (paper) are published figures, by the paper's own protocol." if paper else ""
     return "\n".join([*("| " + " | ".join(line) + " |" for line in drawn), "", note])
 
-# %% ../nbs/36_results.ipynb #10621835
+# %% ../nbs/36_results.ipynb #bdf96650
+def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The fields in which two protocols differ, as "samples is 512 and 64"; none if they are the same."""
+    told = lambda fields, field: fields.get(field, "not said")
+    return [f"{field} is {told(one, field)} and {told(other, field)}" for field in {**one, **other} if field not in one or field not in other or one[field] != other[field]]
+
+
 def join_results(*results: Mapping[str, Any]) -> dict[str, Any]:
     """Several results as one. Raises ValueError, naming the fields, where a metric was measured by different protocols, or where an arm occurs twice."""
     protocol: dict[str, dict] = {}
     for part in results:
         for metric, fields in part["protocol"].items():
-            known = protocol.setdefault(metric, fields)
-            differing = [field for field in {**known, **fields} if field not in known or field not in fields or known[field] != fields[field]]
-            if differing:
-                told = "; ".join(f"{field} is {known.get(field, 'not said')} and {fields.get(field, 'not said')}" for field in differing)
-                raise ValueError(f"{metric} was measured differently in {part['experiment']} and before it, so it cannot share a table: {told}. Measure one of them anew")
+            if differing := differing_fields(protocol.setdefault(metric, fields), fields):
+                raise ValueError(f"{metric} was measured differently in {part['experiment']} and before it, so it cannot share a table: {'; '.join(differing)}. Measure one of them anew")
     together = lambda key, separator: separator.join(dict.fromkeys(part[key] for part in results))
     joined = {"experiment": together("experiment", " + "), "protocol": protocol, "command": together("command", "\n"),
               "package_version": together("package_version", ", "), "rows": [entry for part in results for entry in part["rows"]]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "bench-gpu", "teacher", "scenes", "text2image", "reference", "test-slurm", "clean"}
+TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "bench-gpu", "teacher", "scenes", "text2image", "reference", "test-slurm", "report", "site", "clean"}
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
