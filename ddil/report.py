@@ -60,16 +60,16 @@ def runs_of(paths: Sequence[Path], prefix: str) -> list[Run]:
         made.append(Run(name, results["experiment"], results["command"], addresses, samples, [file for file in pictures if file not in samples]))
     return made
 
-# %% ../nbs/49c_report.ipynb #e4de29d9
+# %% ../nbs/49c_report.ipynb #8fd521b4
 def _drawn(book: Book, picture: Picture, caption: str, command: str) -> dict[str, str]:
     return {"address": book.picture(png(picture)), "caption": caption, "command": command}
 
 
 def _table_parts(book: Book, table: Table, others: Sequence[Table], command: str, place: str) -> dict[str, Any]:
     """What a page shows of a table: its cells, differences, curves."""
-    steps = against_steps(table)
-    pictures = [_drawn(book, steps, f"{table.metric} against the number of steps", command)] if steps else []
-    pictures += [_drawn(book, picture, f"{table.metric} against {cost}", command) for cost, picture in against_cost(table, others)]
+    drawn = [("the number of steps", picture)] if (picture := against_steps(table)) else []
+    drawn += [costly] if (costly := against_cost(table, others)) else []
+    pictures = [_drawn(book, picture, f"{table.metric} against {axis}", command) for axis, picture in drawn]
     return {"table": table, "place": place, "grid": table.grid(), "changes": table.change_grid(), "pictures": pictures}
 
 
