@@ -274,7 +274,10 @@ def _output(output: dict[str, Any], markdown: MarkdownWithMath, alt: str) -> str
     widget = "application/vnd.jupyter.widget-view+json" in data
     return f"<pre>{ansi2html(data['text/plain'])}</pre>" if "text/plain" in data and not widget else None
 
-# %% ../nbs/48b_pages.ipynb #fc6b8e8f
+# %% ../nbs/48b_pages.ipynb #bd569338
+_QUOTE = re.compile(r"^((?!>|```)\S.*)\n(?=> )", re.M)  # a quotation right under a paragraph, which mistune would take for a part of it
+
+
 def notebook_cells(path: Path, book: Book, address: str) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
     """The cells of a notebook for its page, and its headings (level, text, place). Raises ValueError for what is not a notebook."""
     try:
@@ -286,7 +289,7 @@ def notebook_cells(path: Path, book: Book, address: str) -> tuple[list[dict[str,
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            made.append({"kind": "text", "html": Markup(markdown.render(source)), "source": source})
+            made.append({"kind": "text", "html": Markup(markdown.render(_QUOTE.sub(r"\1\n\n", source))), "source": source})
         elif cell["cell_type"] == "code" and not re.search(r"^#\s*\|\s*hide\b", source, re.M):
             exported = bool(re.search(r"^#\s*\|\s*export", source, re.M))
             source = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M).strip()
