@@ -274,7 +274,7 @@ def _output(output: dict[str, Any], markdown: MarkdownWithMath, alt: str) -> str
     widget = "application/vnd.jupyter.widget-view+json" in data
     return f"<pre>{ansi2html(data['text/plain'])}</pre>" if "text/plain" in data and not widget else None
 
-# %% ../nbs/48b_pages.ipynb #bd569338
+# %% ../nbs/48b_pages.ipynb #4adea71a
 _QUOTE = re.compile(r"^((?!>|```)\S.*)\n(?=> )", re.M)  # a quotation right under a paragraph, which mistune would take for a part of it
 
 
@@ -304,7 +304,7 @@ def heading_of(path: Path) -> tuple[str, str]:
     """Title and one-sentence summary of a notebook: its first heading, and the quotation under it (or nothing)."""
     text = next(("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"), "")
     title, lead = re.search(r"^#\s+(.+)$", text, re.M), re.search(r"^>\s*(.+)$", text, re.M)
-    return title[1].strip() if title else path.stem, lead[1].strip() if lead else ""
+    return title[1].strip() if title else path.stem, lead[1].strip().replace("`", "") if lead else ""
 
 # %% ../nbs/48b_pages.ipynb #b1567807
 _HEADING = re.compile(r'(?s)<h(\d) id="([^"]*)">(.*?)<a class="anchor".*?</h\d>')
