@@ -158,7 +158,7 @@ def far_above(value: float, past: list[float], bound: float = 100.0) -> bool:
     """Whether a critic's loss is more than `bound` times its running level: the median of its `past`, or 1 if that is less (a judge that is always right has no loss at all). The first three are not judged."""
     return len(past) >= 3 and value > bound * max(1.0, statistics.median(past))
 
-# %% ../nbs/18_train.ipynb #867f75f0
+# %% ../nbs/18_train.ipynb #37707647
 class Trainer:
     """Trains `student` by `method` on the states of `rollin`.
 
@@ -239,7 +239,7 @@ class Trainer:
             save = self.settings.checkpoint_every and (last or self.step % self.settings.checkpoint_every == 0)
             look = self.watch is not None and self.watch.due(self.step, last)
             if save or last or look or self.step % self.settings.log_every == 0:
-                self._flush(self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {})
+                self._flush(look)
             if save and self.folder is not None:
                 self._save()
         return self
@@ -280,8 +280,8 @@ class Trainer:
         prefix = "" if turn.player == "student" else f"{turn.player} "
         return {f"{prefix}{key}": value for key, value in {**sums, "gradient norm": norm}.items()}
 
-    def _flush(self, figures: dict[str, float]) -> None:
-        """Read the pending numbers (the only place that waits for the device), check them, and write one line of the log, with the figures that were measured."""
+    def _flush(self, look: bool) -> None:
+        """Read the pending numbers (the only place that waits for the device), check them, measure the student if it is time to `look`, and write one line of the log."""
         if not self._pending:
             return
         keys = [(update, name) for update, logs in enumerate(self._pending, self.step - len(self._pending) + 1) for name in logs]
@@ -292,6 +292,7 @@ class Trainer:
             columns.setdefault(name, []).append(value)
         self._check_finite(keys, numbers)
         self._check_critics({name: sum(values) / len(values) for name, values in columns.items()})
+        figures = self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {}  # a student that diverged is neither measured nor kept
         line = {"update": self.step, **{name: sum(values) / len(values) for name, values in columns.items()}, "learning rate": self.settings.rate(self.step - 1), "seconds": self.seconds,
                 **{f"{name} evaluations": count for name, count in self.evaluations.items()}, **self.rollin.log(), **figures}
         self.history.append(line)
