@@ -39,11 +39,11 @@ readme: .installed ## make README.md anew from the stored outputs of index.ipynb
 
 bench: .installed ## measure speed into runs/bench.json
 	mkdir -p runs
-	$(BIN)/python -m ddil.bench --output runs/bench.json
+	$(BIN)/python -m ddil.benchmarks.bench --output runs/bench.json
 
 bench-gpu: .installed ## measure a Stable-Diffusion-sized U-Net on a GPU into runs/bench-gpu.json
 	mkdir -p runs
-	$(BIN)/python -m ddil.bench_gpu --output runs/bench-gpu.json
+	$(BIN)/python -m ddil.benchmarks.bench_gpu --output runs/bench-gpu.json
 
 teacher: .installed ## train the teacher and its classifier anew into runs/teacher (6 minutes)
 	$(call experiment,teacher,runs/teacher)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = ("export", "exporti", "exports")
 TIMEOUT = 1800  # seconds after which a notebook counts as hung
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ddil.distil", "ddil.metrics", "ddil.doctor", "ddil.inversion", "diffusers.pipelines.stable_diffusion", "matplotlib.pyplot", "nbdev.process", "execnb.shell", "papermill.parameterize"])
+PROCESSES.set_forkserver_preload(["ddil.distil.stages", "ddil.measure", "ddil.distil.doctor", "ddil.measure.inversion", "diffusers.pipelines.stable_diffusion", "matplotlib.pyplot", "nbdev.process", "execnb.shell", "papermill.parameterize"])
 
 
 def processes(count: int) -> ProcessPoolExecutor:

@@ -12,21 +12,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil.data import TensorData
-from ddil.denoiser import ClassDenoiser, Denoiser, Guided, coefficients, times
-from ddil.exact import Gaussian, Mixture
+from ddil.rollins.data import TensorData
+from ddil.diffusion.denoiser import coefficients, Denoiser, times
+from ddil.diffusion.wrappers import Guided
+from ddil.models.unet import ClassDenoiser
+from ddil.diffusion.exact import Gaussian, Mixture
 from ddil.methods import add
 from ddil.methods.add import AdversarialDistillation
 from ddil.methods.adversary import DINOv2, Heads, LayerFeatures, heads_for
 from ddil.methods.base import Method
 from ddil.methods.fakes import Critic, RealSamples
 from ddil.methods.matching import DistributionMatching
-from ddil.networks import MLP
-from ddil.rollin import Forward, Mixture as MixedStates, Rollout
-from ddil.schedule import Schedule, uniform_grid
+from ddil.diffusion.small_networks import MLP
+from ddil.rollins.forward import Forward
+from ddil.rollins.mixture import Mixture as MixedStates
+from ddil.rollins.rollout import Rollout
+from ddil.diffusion.grids import uniform_grid
+from ddil.diffusion.schedule import Schedule
 from ddil.solvers import consistency
-from ddil.states import RollIn, Teacher
-from ddil.train import DivergingCritic, NonFiniteLoss, Settings, Trainer
+from ddil.rollins.states import RollIn
+from ddil.rollins.teacher import Teacher
+from ddil.training.settings import Settings
+from ddil.training.trainer import DivergingCritic, NonFiniteLoss, Trainer
 
 GRID = uniform_grid(4)
 SETTINGS: dict[str, Any] = {"updates": 12, "batch": 16, "learning_rate": 3e-3, "ema": 0.9, "checkpoint_every": 4, "log_every": 1, "seed": 1}

@@ -17,22 +17,29 @@ import torch
 from forked import ROOT, alone, run_experiment
 from torch import Tensor
 
-import ddil.data
-import ddil.distil
-from ddil.artifact import Sampler
-from ddil.data import TensorData, digits
-from ddil.denoiser import ClassDenoiser, Denoiser, Guided, Reflected
-from ddil.distil import Problem, atoms_problem, digits_problem, distil, run_task
-from ddil.exact import Gaussian
+import ddil.datasets.digits
+import ddil.distil.stages
+from ddil.solvers.sampler import Sampler
+from ddil.datasets.digits import digits
+from ddil.rollins.data import TensorData
+from ddil.diffusion.denoiser import Denoiser
+from ddil.diffusion.wrappers import Guided, Reflected
+from ddil.models.unet import ClassDenoiser
+from ddil.distil.problem import atoms_problem, digits_problem, Problem
+from ddil.distil.stages import distil, run_task
+from ddil.diffusion.exact import Gaussian
 from ddil.files import unseal
 from ddil.methods.progressive import Progressive
-from ddil.networks import MLP
-from ddil.noise import Shard, shuffled_indices
-from ddil.rollin import Replay, Rollout
-from ddil.states import Teacher
-from ddil.schedule import Cosine, RectifiedFlow, uniform_grid
-from ddil.shift import covariate_shift
-from ddil.train import NonFiniteLoss, latest_checkpoint, make_accelerator, read_log
+from ddil.diffusion.small_networks import MLP
+from ddil.diffusion.noise import Shard, shuffled_indices
+from ddil.rollins.replay import Replay
+from ddil.rollins.rollout import Rollout
+from ddil.rollins.teacher import Teacher
+from ddil.diffusion.grids import uniform_grid
+from ddil.diffusion.schedule import Cosine, RectifiedFlow
+from ddil.measure.imitation import covariate_shift
+from ddil.training.parallel import make_accelerator
+from ddil.training.trainer import latest_checkpoint, NonFiniteLoss, read_log
 
 WEIGHTS = "network/diffusion_pytorch_model.safetensors"
 
@@ -339,8 +346,8 @@ def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, mo
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was unpickled")
 
-    found = [path for folder in (saved, interrupted, ddil.data.ASSETS) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    read = [path for path in found if path.parent != ddil.data.ASSETS / "site"]  # templates, style sheet and script of the pages are text
+    found = [path for folder in (saved, interrupted, ddil.datasets.digits.ASSETS) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    read = [path for path in found if path.parent != ddil.datasets.digits.ASSETS / "site"]  # templates, style sheet and script of the pages are text
     assert {path.suffix for path in read} == {".json", ".jsonl", ".safetensors", ".txt"}
     for path in read:
         head = path.read_bytes()
@@ -355,7 +362,7 @@ def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, mo
     for owner, name in ((torch, "load"), (torch.serialization, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
     assert Sampler.load(saved).sample(range(2)).shape == (2, 64)
-    assert ddil.data.digits_teacher().steps == 32 and ddil.data.digits_classifier() is not None
+    assert ddil.datasets.digits.digits_teacher().steps == 32 and ddil.datasets.digits.digits_classifier() is not None
     begun: list[int] = []
     folder = shutil.copytree(interrupted, tmp_path / "resumed")
     distil(tiny.problem(), tiny.recipe(), folder, progress=lambda steps, _: begun.append(steps[0]) or steps)
@@ -443,8 +450,8 @@ def test_what_is_sampled_must_fit(saved: Path) -> None:
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the assets, which the library takes for its own."""
-    shutil.copytree(ddil.data.ASSETS, tmp_path / "assets")
-    for module in (ddil.data, ddil.distil):
+    shutil.copytree(ddil.datasets.digits.ASSETS, tmp_path / "assets")
+    for module in (ddil.datasets.digits, ddil.distil.stages):
         monkeypatch.setattr(module, "ASSETS", tmp_path / "assets", raising=False)
     return tmp_path / "assets"
 
@@ -454,7 +461,7 @@ def test_missing_assets(assets: Path) -> None:
     flip(assets / "digits-teacher" / WEIGHTS)
     with pytest.raises(ValueError, match="digits-teacher is damaged"):
         digits_problem()
-    for name, make in (("digits-teacher", ddil.data.digits_teacher), ("digits-classifier", ddil.data.digits_classifier)):
+    for name, make in (("digits-teacher", ddil.datasets.digits.digits_teacher), ("digits-classifier", ddil.datasets.digits.digits_classifier)):
         shutil.rmtree(assets / name)
         with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
             make()
@@ -464,11 +471,11 @@ def test_a_missing_teacher_tells_the_remedy(assets: Path) -> None:
     """`make teacher`, or a reinstallation."""
     shutil.rmtree(assets / "digits-teacher")
     with pytest.raises(FileNotFoundError, match="make teacher"):
-        ddil.data.digits_teacher()
+        ddil.datasets.digits.digits_teacher()
 
 
 def test_a_damaged_classifier(assets: Path) -> None:
     """The classifier's weights are held against their hash, as the teacher's are."""
     flip(assets / "digits-classifier" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
-        ddil.data.digits_classifier()
+        ddil.datasets.digits.digits_classifier()

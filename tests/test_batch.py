@@ -17,17 +17,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddil import runner
-from ddil.batch import Run
-from ddil.executors import Local, Slurm, Task
-from ddil.job import prepare, read_json
-from ddil.precheck import check
-from ddil.runner import Schedule, run_batches
+from ddil.lab import runner
+from ddil.lab.batch import Run
+from ddil.lab.executors import Local, Slurm, Task
+from ddil.lab.job import prepare, read_json
+from ddil.lab.precheck import check
+from ddil.lab.runner import Schedule, run_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'steps: int = 3\nrate: float = 0.5\nmode: str = "well"\npause: float = 0.0\nreads: str = ""\noutput: str = ""'
 CHECK = """
-from ddil.experiment import check_parameters, number, one_of, whole
+from ddil.lab.parameters import check_parameters, number, one_of, whole
 settings = check_parameters(globals(), {"steps": whole(), "rate": number(0, 1), "mode": one_of("well", "fails", "dies"), "pause": number(0), "reads": str, "output": str})
 if settings.steps > 1000: raise ValueError("steps: more than this notebook can take")
 """
@@ -35,7 +35,7 @@ if settings.steps > 1000: raise ValueError("steps: more than this notebook can t
 WORK = """
 import os, signal, subprocess, time
 from pathlib import Path
-from ddil.experiment import progress
+from ddil.words import progress
 from ddil.files import write_text
 folder = Path(settings.output)
 at, mended = folder / "at", Path("mended").exists()
@@ -166,7 +166,7 @@ def test_a_killed_process_loses_its_step_alone(place: Path) -> None:
     schedule.round()
     until(lambda: at.exists() and int(at.read_text()) >= 3)
     assert re.search(r"slow +running .*well: \d+/30", runner.table(schedule.tasks)) or "slow" in runner.table(schedule.tasks)
-    [process] = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"][1:] == ["-m", "ddil.job", str(place / "runs/small/slow")]]
+    [process] = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"][1:] == ["-m", "ddil.lab.job", str(place / "runs/small/slow")]]
     process.send_signal(signal.SIGKILL)
     until(lambda: not schedule.round())
     assert states(schedule.tasks) == {"slow": "interrupted"}

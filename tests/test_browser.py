@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver")
 SOURCE = """
-from ddil.artifact import Sampler
-from ddil.exact import Gaussian
-from ddil.schedule import uniform_grid
-from ddil.shift import Explorer
+from ddil.solvers.sampler import Sampler
+from ddil.diffusion.exact import Gaussian
+from ddil.diffusion.grids import uniform_grid
+from ddil.measure import Explorer
 plane = Gaussian(0.0, 0.5)
 Explorer(Sampler(plane, uniform_grid(8), (2,)), Sampler(plane, uniform_grid(4), (2,)), range(10))
 """.strip()

@@ -22,13 +22,14 @@ from tiny import free_port
 from torch import Tensor
 
 from ddil import files
-from ddil.doctor import _data
-from ddil.text2image import cache
-from ddil.text2image.cache import CachedCaptions, build_cache
-from ddil.text2image.captions import CaptionedImages, Entry, open_captions
-from ddil.text2image.pipeline import TextToImage, tiny_pipeline
-from ddil.text2image.recipe import Plan
-from ddil.train import make_accelerator
+from ddil.distil.doctor import _data
+from ddil.datasets import cache
+from ddil.datasets.cache import CachedCaptions, build_cache
+from ddil.datasets.captions import CaptionedImages, Entry, open_captions
+from ddil.datasets.scenes import tiny_pipeline
+from ddil.models.pipeline import TextToImage
+from ddil.distil.recipe import Plan
+from ddil.training.parallel import make_accelerator
 
 SIZE = 16
 CAPTIONS = [f"picture {i % 5}, {'näher' if i % 2 else 'farther'}" for i in range(12)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from forked import ROOT, alone, run_experiment
 
-from ddil.experiment import command_line
-from ddil.results import read_results
+from ddil.lab.parameters import command_line
+from ddil.lab.results import read_results
 
 PARAMETERS = """
 updates: int = 4
@@ -24,8 +24,8 @@ name: str = "tiny"
 output: str = "runs"
 """
 CHECK = """
-from ddil.experiment import *
-from ddil.results import row, write_results
+from ddil.lab.parameters import *
+from ddil.lab.results import row, write_results
 given = check_parameters(globals(), {"updates": whole(), "rate": number(0, 1), "steps": halving_steps(), "shuffle": flag(), "name": text(), "output": text()})
 """
 RUN = """

@@ -12,11 +12,12 @@ from forked import ROOT, alone, run_experiment
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from ddil.denoiser import coefficients, from_x
-from ddil.inversion import OPTIMIZERS, Descent, Problem, invert, prompt_conditions, vocabulary
-from ddil.results import read_results
-from ddil.scenes import SceneReader, write_tokenizer
-from ddil.text2image.pipeline import TextToImage, tiny_pipeline
+from ddil.diffusion.denoiser import coefficients, from_x
+from ddil.measure.inversion import OPTIMIZERS, Descent, Problem, invert, prompt_conditions, vocabulary
+from ddil.lab.results import read_results
+from ddil.datasets.scenes import SceneReader, write_tokenizer
+from ddil.datasets.scenes import tiny_pipeline
+from ddil.models.pipeline import TextToImage
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

@@ -20,20 +20,24 @@ from diffusers import UNet2DConditionModel
 from forked import PROCESSES
 from torch import Tensor
 
-from ddil.data import TensorData
-from ddil.denoiser import Guided, TextDenoiser
-from ddil.distil import ddil_rollin
-from ddil.distribution import kept
+from ddil.rollins.data import TensorData
+from ddil.diffusion.wrappers import Guided
+from ddil.models.unet import TextDenoiser
+from ddil.rollins.ddil import ddil_rollin
+from ddil.training.parallel import kept
 from ddil.files import read_tensors, write_tensors
-from ddil.launch import VARIABLES, launch
+from ddil.training.launch import VARIABLES, launch
 from ddil.methods.base import Follower
 from ddil.methods.consistency import Consistency, Edges
 from ddil.methods.progressive import Progressive
-from ddil.noise import Shard
-from ddil.schedule import Cosine, uniform_grid
+from ddil.diffusion.noise import Shard
+from ddil.diffusion.grids import uniform_grid
+from ddil.diffusion.schedule import Cosine
 from ddil.solvers import consistency
-from ddil.states import Teacher
-from ddil.train import Settings, Trainer, latest_checkpoint, make_accelerator
+from ddil.rollins.teacher import Teacher
+from ddil.training.parallel import make_accelerator
+from ddil.training.settings import Settings
+from ddil.training.trainer import latest_checkpoint, Trainer
 
 ROUNDING = 2e-5  # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by 0.001 and more
 SETTINGS: dict[str, Any] = {"updates": 4, "batch": 8, "learning_rate": 1e-3, "warm_up": 2, "ema": 0.9, "accumulate": 2, "checkpoint_every": 2, "log_every": 1, "gradient_checkpointing": True}

@@ -15,23 +15,29 @@ import torch
 from forked import PROCESSES
 from torch import Tensor, nn
 
-from ddil.data import TensorData
-from ddil.denoiser import ClassDenoiser, Denoiser
-from ddil.distil import ddil_rollin
-from ddil.exact import Mixture
+from ddil.rollins.data import TensorData
+from ddil.diffusion.denoiser import Denoiser
+from ddil.models.unet import ClassDenoiser
+from ddil.rollins.ddil import ddil_rollin
+from ddil.diffusion.exact import Mixture
 from ddil.files import read_tensors, write_tensors
 from ddil.methods.base import Denoising, Follower, Method
 from ddil.methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
 from ddil.methods.ctm import CTM
 from ddil.methods.progressive import Progressive
 from ddil.methods.regression import GuidanceDistillation, Regression
-from ddil.networks import MLP
-from ddil.noise import Shard
-from ddil.rollin import Forward, Walk
-from ddil.schedule import Cosine, uniform_grid
+from ddil.diffusion.small_networks import MLP
+from ddil.diffusion.noise import Shard
+from ddil.rollins.forward import Forward
+from ddil.rollins.walk import Walk
+from ddil.diffusion.grids import uniform_grid
+from ddil.diffusion.schedule import Cosine
 from ddil.solvers import consistency
-from ddil.states import RollIn, Teacher
-from ddil.train import Settings, Trainer, make_accelerator
+from ddil.rollins.states import RollIn
+from ddil.rollins.teacher import Teacher
+from ddil.training.parallel import make_accelerator
+from ddil.training.settings import Settings
+from ddil.training.trainer import Trainer
 
 GRID = torch.cat([uniform_grid(16)[:-1], torch.tensor([0.01], dtype=torch.float64)])
 SETTINGS = Settings(updates=20, batch=16, learning_rate=3e-3, ema=0.9, checkpoint_every=8, log_every=1, seed=1)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from forked import PROCESSES
 
-from ddil.artifact import Sampler
-from ddil.data import digits, digits_classifier, digits_teacher
-from ddil.metrics import Figure, NetworkFeatures, Reference, features_of, judge, moments_of
-from ddil.schedule import uniform_grid
+from ddil.solvers.sampler import Sampler
+from ddil.datasets.digits import digits, digits_classifier, digits_teacher
+from ddil.measure.images import features_of, moments_of, NetworkFeatures
+from ddil.measure.protocols import Figure, judge, Reference
+from ddil.diffusion.grids import uniform_grid
 
 COUNT = 61  # not a multiple of batches or processes
 
@@ -30,7 +31,7 @@ def figures(batch_size: int, accelerator=None) -> dict[str, Figure]:
 
 
 def _process(rank: int, port: int, path: Path) -> None:
-    from ddil.train import make_accelerator
+    from ddil.training.parallel import make_accelerator
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from forked import ROOT, alone, run_experiment
 
-from ddil.results import read_results
+from ddil.lab.results import read_results
 
 
 def tiny_ddpm(folder: str) -> None:
@@ -28,10 +28,10 @@ def tiny_ddpm(folder: str) -> None:
 
 def few_steps(folder: str) -> None:
     """The scenes' own model as a student of two steps."""
-    from ddil.artifact import Sampler
-    from ddil.data import asset
-    from ddil.schedule import trailing_grid
-    from ddil.text2image.pipeline import TextToImage
+    from ddil.solvers.sampler import Sampler
+    from ddil.datasets.digits import asset
+    from ddil.diffusion.grids import trailing_grid
+    from ddil.models.pipeline import TextToImage
 
     base = TextToImage.load(asset("scenes-pipeline"))
     Sampler(base.denoiser().eval(), trailing_grid(2), base.latent_shape(32)).save(folder)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddil.denoiser import Denoiser, Rescheduled
-from ddil.exact import Gaussian, Mixture
-from ddil.schedule import (
-    RectifiedFlow, Schedule, VarianceExploding, karras_grid, karras_sigmas, log_snr_grid, sigma_grid, time_uniform_sigmas, with_clean_end,
-)
+from ddil.diffusion.denoiser import Denoiser
+from ddil.diffusion.wrappers import Rescheduled
+from ddil.diffusion.exact import Gaussian, Mixture
+from ddil.diffusion.grids import karras_grid, karras_sigmas, log_snr_grid, sigma_grid, time_uniform_sigmas, with_clean_end
+from ddil.diffusion.schedule import RectifiedFlow, Schedule, VarianceExploding
 from ddil.solvers import Memory, Solver, adams_bashforth, ancestral, ddim, dpm_solver_2, dpm_solver_pp_2m, dpm_solver_pp_2s, dpm_solver_pp_3m, heun, walk
 
 TOLERANCE = 1e-9  # of a state's largest element

@@ -15,11 +15,11 @@ import pytest
 from scipy import stats
 
 import ddil.cli
-import ddil.report
-import ddil.site
-from ddil.collate import Table, as_csv, collate, digits_of, find_results, latex, markdown, one_table, protocols_apart, published, tables
-from ddil.pages import dead_links
-from ddil.results import read_results, row, write_results
+import ddil.lab.report
+import ddil.lab.site
+from ddil.lab.tables import Table, as_csv, collate, digits_of, find_results, latex, markdown, one_table, protocols_apart, published, tables
+from ddil.lab.pages import dead_links
+from ddil.lab.results import read_results, row, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -206,7 +206,7 @@ def report(tmp_path: Path) -> Path:
         run(tmp_path / f"runs/{updates}", seeds, updates=updates)
     shutil.copy(ROOT / "experiments/reference/teacher/teacher.ipynb", tmp_path / "runs/10")
     shutil.copy(ROOT / "experiments/reference/teacher/samples.png", tmp_path / "runs/10")
-    index, apart = ddil.report.write_report([tmp_path / "runs"], tmp_path / "report")
+    index, apart = ddil.lab.report.write_report([tmp_path / "runs"], tmp_path / "report")
     assert not apart
     return index
 
@@ -242,11 +242,11 @@ def test_the_report_in_a_browser(report: Path, browser: Any) -> None:
 def site(tmp_path: Path) -> Path:
     """The site of a repository with the README and three of our notebooks, and one of our experiments."""
     clone = tmp_path / "clone"
-    for name in ("nbs/01_schedule.ipynb", "nbs/13_states.ipynb", "nbs/39_your_own_method.ipynb", "experiments/reference/teacher/teacher.ipynb", "experiments/reference/teacher/results.json"):
+    for name in ("nbs/01_diffusion/01_schedule.ipynb", "nbs/03_rollins/01_states.ipynb", "nbs/04_methods/11_your_own_method.ipynb", "experiments/reference/teacher/teacher.ipynb", "experiments/reference/teacher/results.json"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, clone / name)
     shutil.copy(ROOT / "index.ipynb", clone)
-    return ddil.site.build(clone, tmp_path / "site")
+    return ddil.lab.site.build(clone, tmp_path / "site")
 
 
 def test_the_site_in_a_browser(site: Path, browser: Any) -> None:
@@ -256,20 +256,20 @@ def test_the_site_in_a_browser(site: Path, browser: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     assert list(dead_links(site.parent)) == []
-    for page in (site, site.parent / "notebooks/01_schedule.html", site.parent / "results/teacher.html"):
+    for page in (site, site.parent / "notebooks/01_diffusion-01_schedule.html", site.parent / "results/teacher.html"):
         fits(browser, page)
-    browser.get((site.parent / "notebooks/01_schedule.html").as_uri())
+    browser.get((site.parent / "notebooks/01_diffusion-01_schedule.html").as_uri())
     formulas = browser.find_elements(By.CSS_SELECTOR, "div.formula math")
     assert formulas and all(one.rect["height"] > 10 for one in formulas) and not browser.find_elements(By.CSS_SELECTOR, "code.formula")
     assert "$" not in "".join(one.text for one in browser.find_elements(By.CSS_SELECTOR, "article > p"))
     browser.find_element(By.CSS_SELECTOR, "a[rel=next]").click()
-    assert browser.current_url.endswith("13_states.html")
+    assert browser.current_url.endswith("03_rollins-01_states.html")
     browser.find_element(By.TAG_NAME, "body").send_keys("/")
     browser.switch_to.active_element.send_keys("shortcut halvings")
     WebDriverWait(browser, 30).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "#found a"))
     browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
     browser.switch_to.active_element.send_keys(Keys.ENTER)
-    WebDriverWait(browser, 30).until(lambda driver: "39_your_own_method.html" in driver.current_url)
+    WebDriverWait(browser, 30).until(lambda driver: "04_methods-11_your_own_method.html" in driver.current_url)
     wide(browser, 390)
     browser.get(site.as_uri())
     assert not browser.find_element(By.ID, "pages").is_displayed()
@@ -281,8 +281,8 @@ def test_the_site_in_a_browser(site: Path, browser: Any) -> None:
 def test_only_our_own_pages_are_replaced(report: Path, tmp_path: Path) -> None:
     """A second report takes the place of the first; a folder of something else is refused, and nothing in it is touched."""
     (report.parent / "stale.html").write_text("old")
-    ddil.report.write_report([tmp_path / "runs"], report.parent)
+    ddil.lab.report.write_report([tmp_path / "runs"], report.parent)
     assert report.is_file() and not report.with_name("stale.html").exists()
     with pytest.raises(ValueError, match="not made by ddil"):
-        ddil.report.write_report([tmp_path / "runs"], tmp_path / "runs")
+        ddil.lab.report.write_report([tmp_path / "runs"], tmp_path / "runs")
     assert (tmp_path / "runs/10/results.json").is_file() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -9,7 +9,7 @@ import diffusers
 from forked import ROOT, alone, run_experiment
 
 from ddil.files import unseal
-from ddil.results import read_results
+from ddil.lab.results import read_results
 
 
 def test_the_pipeline_is_trained(tmp_path: Path) -> None:

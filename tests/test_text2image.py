@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from ddil import cli
-from ddil.artifact import Sampler
-from ddil.data import TensorData
-from ddil.denoiser import Denoiser, Guided, innermost
+from ddil.solvers.sampler import Sampler
+from ddil.rollins.data import TensorData
+from ddil.diffusion.denoiser import Denoiser
+from ddil.diffusion.wrappers import Guided, innermost
 from ddil.files import read_tensors
 from ddil.solvers import walk
-from ddil.text2image.pipeline import TextToImage, export_pipeline, tiny_pipeline
-from ddil.text2image.recipe import Plan, distil_text
-from ddil.train import read_log
+from ddil.datasets.scenes import tiny_pipeline
+from ddil.models.pipeline import export_pipeline, TextToImage
+from ddil.distil.recipe import Plan, distil_text
+from ddil.training.trainer import read_log
 
 PROMPTS = ["a red square above a blue circle", "three green triangles", "a small white circle", "two pink squares"] * 4
 

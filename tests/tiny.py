@@ -19,11 +19,15 @@ import torch
 from forked import PROCESSES
 from torch import Tensor
 
-from ddil import artifact, files, train
-from ddil.artifact import Sampler
-from ddil.distil import Problem, Recipe, atoms_problem, distil
+from ddil import files
+from ddil.solvers import sampler as artifact
+from ddil.training import trainer as train
+from ddil.solvers.sampler import Sampler
+from ddil.distil.problem import atoms_problem, Problem
+from ddil.distil.stages import distil, Recipe
 from ddil.files import read_tensors
-from ddil.train import make_accelerator, read_log
+from ddil.training.parallel import make_accelerator
+from ddil.training.trainer import read_log
 
 OPTIONS = {"count": 50, "width": 32, "depth": 1}
 CHECKPOINT_EVERY = 10

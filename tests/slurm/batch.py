@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_batch import CHECK, PARAMETERS, ROOT, RUNNER, WORK, notebook, until  # noqa: E402
 
-from ddil.executors import Slurm  # noqa: E402
-from ddil.job import read_json  # noqa: E402
-from ddil.precheck import check  # noqa: E402
-from ddil.runner import Schedule  # noqa: E402
+from ddil.lab.executors import Slurm  # noqa: E402
+from ddil.lab.job import read_json  # noqa: E402
+from ddil.lab.precheck import check  # noqa: E402
+from ddil.lab.runner import Schedule  # noqa: E402
 
 # Two processes on each of two nodes add up their ranks.
 MODULE = """
@@ -31,7 +31,7 @@ torch.distributed.destroy_process_group()
 LAUNCH = """
 import json
 from pathlib import Path
-from ddil.launch import launch
+from ddil.training.launch import launch
 task = Path(output) / "task.json"
 task.write_text(json.dumps({"output": output}))
 launch(task, "together", processes=2, nodes=nodes, device="cpu")
