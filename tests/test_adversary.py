@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ddil.rollins.data import TensorData
-from ddil.diffusion.denoiser import coefficients, Denoiser, times
+from ddil.diffusion.denoiser import coefficients, Denoiser, cast
 from ddil.diffusion.wrappers import Guided
 from ddil.models.unet import ClassDenoiser
-from ddil.diffusion.exact import Gaussian, Mixture
+from ddil.diffusion.exact import Gaussian, GaussianMixture
 from ddil.methods import add
 from ddil.methods.add import AdversarialDistillation
 from ddil.methods.adversary import DINOv2, Heads, LayerFeatures, heads_for
@@ -39,10 +39,10 @@ GRID = uniform_grid(4)
 SETTINGS: dict[str, Any] = {"updates": 12, "batch": 16, "learning_rate": 3e-3, "ema": 0.9, "checkpoint_every": 4, "log_every": 1, "seed": 1}
 
 
-def exact() -> Mixture:
+def exact() -> GaussianMixture:
     """Four labelled points, smeared."""
     means = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    return Mixture(means, 0.2, classes=torch.arange(4))
+    return GaussianMixture(means, 0.2, classes=torch.arange(4))
 
 
 def points() -> TensorData:
@@ -136,7 +136,7 @@ def test_parts_add_up_to_the_batch(rollin: str, monkeypatch: pytest.MonkeyPatch)
     def own_noise(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
         noise, t = (50 * x.flip(1)).sin(), torch.full((len(x),), 0.4, dtype=torch.float64)
         alpha, sigma = coefficients(schedule, t, x)
-        return x * times(alpha, x.dtype) + noise * times(sigma, x.dtype), t
+        return x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype), t
 
     monkeypatch.setattr(add, "noised", own_noise)
     whole, parts = (trainer(rollin, updates=1, accumulate=accumulate).fit() for accumulate in (1, 4))
@@ -191,7 +191,7 @@ def test_a_condition_that_the_states_lack() -> None:
     student = ClassDenoiser(MLP(2, 16, 1), exact().schedule, "v")
     unlabelled = TensorData(points().x)
     with pytest.raises(ValueError, match="this judge is told a condition of width 5, and the states have none"):
-        Trainer(student, adversarial(Mixture(exact().means, 0.2)), Forward(unlabelled, student.schedule, GRID), Settings(updates=1, batch=8)).fit()
+        Trainer(student, adversarial(GaussianMixture(exact().means, 0.2)), Forward(unlabelled, student.schedule, GRID), Settings(updates=1, batch=8)).fit()
 
 
 class Exploding(Heads):

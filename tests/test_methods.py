@@ -19,7 +19,7 @@ from ddil.rollins.data import TensorData
 from ddil.diffusion.denoiser import Denoiser
 from ddil.models.unet import ClassDenoiser
 from ddil.rollins.ddil import ddil_rollin
-from ddil.diffusion.exact import Mixture
+from ddil.diffusion.exact import GaussianMixture
 from ddil.files import read_tensors, write_tensors
 from ddil.methods.base import Denoising, Follower, Method
 from ddil.methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
@@ -57,8 +57,8 @@ def network(*inputs: str) -> Denoiser:
     return ClassDenoiser(MLP(2, 16, 1), Cosine(), "v").taking(*inputs) if inputs else ClassDenoiser(MLP(2, 16, 1), Cosine(), "v")
 
 
-def exact() -> Mixture:
-    return Mixture(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), 0.2)
+def exact() -> GaussianMixture:
+    return GaussianMixture(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), 0.2)
 
 
 def judged(teacher: Teacher, student: Denoiser) -> Method:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddil.diffusion.denoiser import Denoiser
 from ddil.diffusion.wrappers import Rescheduled
-from ddil.diffusion.exact import Gaussian, Mixture
+from ddil.diffusion.exact import Gaussian, GaussianMixture
 from ddil.diffusion.grids import karras_grid, karras_sigmas, log_snr_grid, sigma_grid, time_uniform_sigmas, with_clean_end
 from ddil.diffusion.schedule import RectifiedFlow, Schedule, VarianceExploding
 from ddil.solvers import Memory, Solver, adams_bashforth, ancestral, ddim, dpm_solver_2, dpm_solver_pp_2m, dpm_solver_pp_2s, dpm_solver_pp_3m, heun, walk
@@ -27,7 +27,7 @@ GRIDS = {"to sigma_min": karras_grid(EDM, 12), "to 0": with_clean_end(karras_gri
 SCHEDULES = {"variance exploding": EDM, "rectified flow": RectifiedFlow()}
 DENOISERS = {
     "Gaussian": Gaussian(torch.tensor([0.3, -0.2, 0.1]), torch.tensor([0.5, 1.0, 0.1]), EDM),
-    "mixture": Mixture(torch.tensor([[1.0, 0.5, -1.0], [-1.0, 0.3, 0.4], [0.2, -1.2, 0.7]]), torch.tensor([0.1, 0.3, 0.2]), schedule=EDM),
+    "mixture": GaussianMixture(torch.tensor([[1.0, 0.5, -1.0], [-1.0, 0.3, 0.4], [0.2, -1.2, 0.7]]), torch.tensor([0.1, 0.3, 0.2]), schedule=EDM),
 }
 EVERYWHERE = pytest.mark.parametrize(
     ("denoiser", "grid", "schedule"),

@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import ddil
-from ..diffusion.exact import finite_data, Mixture
+from ..diffusion.exact import finite_data, GaussianMixture
 from ..diffusion.small_networks import Classifier
 from ..files import unseal
 from ..rollins.data import TensorData
@@ -49,7 +49,7 @@ def digits_classifier(device: str | torch.device = "cpu") -> Classifier:
     return Classifier.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/08_datasets/01_digits.ipynb #bec3aed9
-def digit_atoms(count: int = 200, bandwidth: float = 0.1) -> tuple[Mixture, TensorData]:
+def digit_atoms(count: int = 200, bandwidth: float = 0.1) -> tuple[GaussianMixture, TensorData]:
     """The exact teacher of the first `count` digits as points of 64 elements, smeared by `bandwidth`; and the points as a data set (unconditional)."""
     data = digits()
     if not 1 <= count <= len(data):

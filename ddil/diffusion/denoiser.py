@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .schedule import Schedule, Time
 
 # %% auto #0
-__all__ = ['PREDICTIONS', 'Cond', 'INPUTS', 'coefficients', 'times', 'combine', 'readable', 'to_x', 'from_x', 'map_cond',
+__all__ = ['PREDICTIONS', 'Cond', 'INPUTS', 'coefficients', 'cast', 'combine', 'readable', 'to_x', 'from_x', 'map_cond',
            'cat_cond', 'with_inputs', 'split_inputs', 'Denoiser', 'FurtherInputs']
 
 # %% ../../nbs/01_diffusion/04_denoiser.ipynb #a63c85f4
@@ -34,7 +34,7 @@ def coefficients(schedule: Schedule, t: Time, like: Tensor) -> tuple[Time, Time]
     return alpha.view(shape), sigma.view(shape)
 
 
-def times(value: Time, dtype: torch.dtype) -> Time:
+def cast(value: Time, dtype: torch.dtype) -> Time:
     """A coefficient computed in float64, ready to multiply tensors of `dtype`."""
     return value.to(dtype) if isinstance(value, Tensor) else value
 
@@ -42,7 +42,7 @@ def times(value: Time, dtype: torch.dtype) -> Time:
 def combine(a: Time, z: Tensor, b: Time, x: Tensor) -> Tensor:
     """a z + b x, in the precision of z, with coefficients computed in float64."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.addcmul(z * times(a, z.dtype), x, torch.as_tensor(times(b, z.dtype), dtype=z.dtype, device=z.device))
+        return torch.addcmul(z * cast(a, z.dtype), x, torch.as_tensor(cast(b, z.dtype), dtype=z.dtype, device=z.device))
     return torch.add(z * a, x, alpha=b)
 
 # %% ../../nbs/01_diffusion/04_denoiser.ipynb #3681407e
@@ -69,10 +69,10 @@ def from_x(prediction: str, x: Tensor, z: Tensor, alpha: Time, sigma: Time) -> T
     """What a network of this prediction would have to output for the clean estimate to be `x` (needs sigma > 0 unless "x")."""
     if prediction == "x":
         return x
-    eps = (z - x * times(alpha, z.dtype)) * times(1 / sigma, z.dtype)
+    eps = (z - x * cast(alpha, z.dtype)) * cast(1 / sigma, z.dtype)
     if prediction == "eps":
         return eps
-    return eps * times(alpha, z.dtype) - x * times(sigma, z.dtype) if prediction == "v" else eps - x
+    return eps * cast(alpha, z.dtype) - x * cast(sigma, z.dtype) if prediction == "v" else eps - x
 
 # %% ../../nbs/01_diffusion/04_denoiser.ipynb #3d1de17a
 Cond = None | Tensor | dict[str, Tensor]

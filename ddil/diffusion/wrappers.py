@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import cat_cond, coefficients, Cond, Denoiser, split_inputs, times, with_inputs
+from .denoiser import cat_cond, coefficients, Cond, Denoiser, split_inputs, cast, with_inputs
 from .schedule import Schedule, Time
 
 # %% auto #0
@@ -155,7 +155,7 @@ class Rescheduled(Wrapper):
         inner = self.denoiser.schedule.time(self.schedule.log_snr(at))
         (alpha, sigma), (inner_alpha, inner_sigma) = coefficients(self.schedule, at, z), coefficients(self.denoiser.schedule, inner, z)
         scale = torch.where(sigma > alpha, inner_sigma / sigma, inner_alpha / alpha)  # the same number: at either end one of them is 0 / 0
-        return self.denoiser(z * times(scale, z.dtype), inner, cond)
+        return self.denoiser(z * cast(scale, z.dtype), inner, cond)
 
 # %% ../../nbs/01_diffusion/05_wrappers.ipynb #5d1d3cd3
 def innermost(denoiser: Denoiser) -> Denoiser:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..solvers.sampler import Sampler
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
-from ..diffusion.exact import Mixture
+from ..diffusion.exact import GaussianMixture
 from .distances import mmd, sliced_wasserstein
 from ..diffusion.noise import sample_noise
 from .imitation import check_solver, expert, forward_states
@@ -78,7 +78,7 @@ def log_det_step(sampler: Sampler, z: Tensor, t: float, s: float, cond: Cond = N
         return go(flat).view(z.shape), torch.linalg.slogdet(torch.stack(columns, 2)).logabsdet
 
 
-def exact_shift(student: Sampler, exact: Mixture, ids: Sequence[int], cond: Cond = None, seed: int = 0, batch_size: int = 256) -> Tensor:
+def exact_shift(student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond = None, seed: int = 0, batch_size: int = 256) -> Tensor:
     """(steps, n), float64: log q(z) - log p(z) of the student's states at its times but the first, whose mean over n is KL(student's marginal ‖ forward marginal), in nats.
 
     q follows from the starting density, the standard normal, by the student's Jacobians; p is `exact`'s, and given `cond` (n,) that of each sample's class. Walks in float64.
@@ -108,7 +108,7 @@ def _in_float64(denoiser: Denoiser) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-def _log_ratios(student: Sampler, exact: Mixture, ids: Sequence[int], cond: Cond, seed: int) -> Tensor:
+def _log_ratios(student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond, seed: int) -> Tensor:
     scale = student.denoiser.schedule.prior_scale(student.grid[0].item())
     z = sample_noise(ids, student.shape, seed).double().to(student.denoiser.device)
     log_q = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1) - z[0].numel() * torch.log(torch.as_tensor(scale, dtype=torch.float64))
@@ -120,7 +120,7 @@ def _log_ratios(student: Sampler, exact: Mixture, ids: Sequence[int], cond: Cond
     return torch.stack(ratios).cpu()
 
 
-def _log_share(exact: Mixture, cond: Cond) -> Tensor | float:
+def _log_share(exact: GaussianMixture, cond: Cond) -> Tensor | float:
     """log of the weight of each condition's class, which turns `exact`'s joint density of state and class into the state's within the class. Raises ValueError for a class of no weight."""
     if cond is None or exact.classes is None:
         return 0.0

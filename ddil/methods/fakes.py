@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import cat_cond, coefficients, Cond, Denoiser, map_cond, times
+from ..diffusion.denoiser import cat_cond, coefficients, Cond, Denoiser, map_cond, cast
 from ..diffusion.wrappers import innermost, Wrapper
 from .adversary import adversarial_loss_by_name
 from .base import Players, bare, weighted_error, weighting_by_name
@@ -28,7 +28,7 @@ def noised(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0)
     """Samples (n, …) noised to times drawn uniformly from [low, high], and these times, (n,) float64. Torch's generator draws; the trainer seeds it for every update."""
     t = high - (high - low) * torch.rand(len(x), dtype=torch.float64, device=x.device)
     alpha, sigma = coefficients(schedule, t, x)
-    return x * times(alpha, x.dtype) + torch.randn_like(x) * times(sigma, x.dtype), t
+    return x * cast(alpha, x.dtype) + torch.randn_like(x) * cast(sigma, x.dtype), t
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #af97b2c8
 class Delta:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser, coefficients, times
+from ..diffusion.denoiser import Cond, Denoiser, coefficients, cast
 from .adversary import drift, pull
 from .base import Distance, Method, Players, Turn, bare, check_distance, check_guidance, distance_between
 from .fakes import Delta, RealSamples, data_for, noised
@@ -35,7 +35,7 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigm
     "normalised" by the mean absolute distance of each sample from the real estimate (Yin et al. 2023, equation 8); "score": the plain gradient; "variance": that times sigma^2.
     """
     distance = (x - real).abs().flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1))
-    return (fake - real) * times(MATCHING_WEIGHTS[weighting](alpha, sigma, distance), x.dtype)
+    return (fake - real) * cast(MATCHING_WEIGHTS[weighting](alpha, sigma, distance), x.dtype)
 
 # %% ../../nbs/04_methods/09_matching.ipynb #8ea40adb
 class DistributionMatching(Method):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import coefficients, Cond, map_cond, times
+from ..diffusion.denoiser import coefficients, Cond, map_cond, cast
 from ..diffusion.grids import check_grid
 from ..diffusion.noise import generator, Shard, shuffled_indices
 from ..diffusion.schedule import Schedule
@@ -50,7 +50,7 @@ class Forward:
         coupled = getattr(self.data, "noise", None)
         x, noise = x.to(self.device), (drawn if coupled is None else coupled(place)).to(self.device)
         alpha, sigma = coefficients(self.schedule, t, x)
-        z = x * times(alpha, x.dtype) + noise * times(sigma, x.dtype)
+        z = x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype)
         states = States(z, t, s, map_cond(lambda c: c.to(self.device), cond), np.full(len(x), Origin.DATA), x=x)
         return states if coupled is None else self._from_noise(states, noise)
 

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, map_cond, times
+from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, map_cond, cast
 from ..diffusion.wrappers import innermost, Wrapper
 from ..diffusion.noise import generator, sample_noise
 from ..diffusion.grids import check_grid
@@ -54,7 +54,7 @@ class _Answered(Wrapper):
         if self.told is None or t is not self.at:
             return self.denoiser(z, t, cond)
         here, there = coefficients(self.schedule, t, z)[0], coefficients(self.schedule, self.told, z)[0]
-        return self.denoiser(z * times(there / here, z.dtype), self.told, cond)
+        return self.denoiser(z * cast(there / here, z.dtype), self.told, cond)
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #580330f1
 class AMED(nn.Module):
@@ -111,7 +111,7 @@ class AMED(nn.Module):
     def _solver_step(self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory) -> Tensor:
         z_middle = ddim(denoiser, z, t, middle, cond)
         slope = noise_estimate(denoiser, z_middle, denoiser(z_middle, middle, cond), middle)
-        return euler_update(denoiser, z, slope * times(c, z.dtype), t, s)
+        return euler_update(denoiser, z, slope * cast(c, z.dtype), t, s)
 
     def _plugin_step(self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory) -> Tensor:
         """Two steps of the base solver, which remembers both: its count of steps is twice ours."""

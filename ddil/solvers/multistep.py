@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser, coefficients, combine, times
+from ..diffusion.denoiser import Cond, Denoiser, coefficients, combine, cast
 from ..diffusion.schedule import Time
 from .steps import Memory, choose, ddim_update, euler_update, finite_ends, noise_estimate, sigma_over_alpha
 
@@ -54,7 +54,7 @@ def _weights_at(places: Sequence[Time], weights_of: Callable[[Sequence[Time]], l
 # %% ../../nbs/02_solvers/02_multistep.ipynb #cdb16bfe
 def _weighted(weights: Sequence[Time], known: Sequence[tuple[Time, Tensor]]) -> Tensor:
     """The weighted sum of remembered estimates."""
-    total = known[0][1] * times(weights[0], known[0][1].dtype) if len(known) == 1 else combine(weights[0], known[0][1], weights[1], known[1][1])
+    total = known[0][1] * cast(weights[0], known[0][1].dtype) if len(known) == 1 else combine(weights[0], known[0][1], weights[1], known[1][1])
     for weight, (_, estimate) in zip(weights[2:], known[2:]):
         total = combine(1.0, total, weight, estimate)
     return total

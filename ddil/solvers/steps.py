@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, times, with_inputs
+from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, cast, with_inputs
 from ..diffusion.grids import check_grid
 from ..diffusion.schedule import Schedule, Time
 from ..diffusion.wrappers import Wrapper
@@ -193,7 +193,7 @@ class AnalyticFirstStep(Wrapper):
         alpha, sigma = coefficients(self.schedule, t, z)
         scale = (alpha**2 + sigma**2) ** 0.5
         # (z - sigma z / scale) / alpha, without the division by a vanishing alpha
-        return z * times(alpha / (scale * (scale + sigma)), z.dtype)
+        return z * cast(alpha / (scale * (scale + sigma)), z.dtype)
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #ef87df4f
 def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 import torch
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, times
+from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, cast
 from ..diffusion.wrappers import innermost
 from ..diffusion.schedule import Schedule, Time
 from .steps import Memory, Solver, ddim, estimate, sigma_over_alpha, time_of
@@ -55,7 +55,7 @@ def consistency(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = No
     if not _is_last(s, memory):
         return renoise(denoiser, x_hat, t_min, s, memory.noise(z))
     alpha_min, alpha_s = coefficients(denoiser.schedule, t_min, z)[0], coefficients(denoiser.schedule, s, z)[0]
-    return x_hat * times(alpha_s / alpha_min, z.dtype)
+    return x_hat * cast(alpha_s / alpha_min, z.dtype)
 
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #57c2b0c6
 def _beyond_and_back(denoiser: Denoiser, z: Tensor, t: Time, beyond: Time, s: Time, cond: Cond, memory: Memory, jump: Solver) -> Tensor:
