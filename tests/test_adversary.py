@@ -182,7 +182,7 @@ def test_a_judge_without_data_is_refused_before_the_student_is_asked() -> None:
     run = trainer("walk", adversarial(data=None))
     states, before = run.rollin.sample(16, 0), run.student.evaluations
     with pytest.raises(ValueError, match=r"give the method data=RealSamples\(data\)"):
-        run.method.turns(0)[0].loss(run.players, states)
+        run.method.turns(0)[0].loss(run.prepared, states)
     assert run.student.evaluations == before
 
 

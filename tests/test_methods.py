@@ -128,7 +128,7 @@ def test_it_trains_and_resumes(name: str, rollin: str, tmp_path: Path) -> None:
     moved = {key.split(".")[0] for key in end if not torch.equal(end[key], begin[key])}
     assert moved == {key.split(".")[0] for key in end}, f"only {moved} have learnt"
     assert all(value.isfinite().all() for value in end.values())
-    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.experts, *(set(whole.method.networks) - {"discriminator"})}
+    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *(set(whole.method.networks) - {"discriminator"})}
     with contextlib.suppress(KeyboardInterrupt):
         trainer(name, rollin, tmp_path / "halves", stopping).fit()
     again = trainer(name, rollin, tmp_path / "halves")

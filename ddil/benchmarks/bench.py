@@ -200,7 +200,7 @@ class Call:
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #bee859fa
 def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
-    """The calls that one update makes of the networks of the student, of the method's experts and of its other denoisers, in order."""
+    """The calls that one update makes of the networks of the student, of the denoisers that the method asks and of its other ones, in order."""
     calls: list[Call] = []
 
     def note(network: nn.Module, args: tuple, options: dict) -> None:
@@ -208,7 +208,7 @@ def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
         weights = learning and any(p.requires_grad for p in network.parameters())
         calls.append(Call(network, _detached(args), _detached(options), weights, learning and args[0].requires_grad))
 
-    denoisers = [trainer.student, *trainer.method.networks.values(), *trainer.method.experts.values()]
+    denoisers = [trainer.student, *trainer.method.networks.values(), *trainer.method.asked.values()]
     networks = {id(network): network for network in (innermost(one).network for one in denoisers if isinstance(one, Denoiser))}
     hooks = [network.register_forward_pre_hook(note, with_kwargs=True) for network in networks.values()]
     trainer.update(step)

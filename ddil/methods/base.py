@@ -20,7 +20,7 @@ from ..rollins.states import States
 from ..solvers import ddim_update
 
 # %% auto #0
-__all__ = ['Players', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'local', 'Turn', 'Follower', 'Method', 'weighting_by_name',
+__all__ = ['Networks', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'local', 'Turn', 'Follower', 'Method', 'weighting_by_name',
            'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'knows_null', 'check_guidance',
            'Denoising']
 
@@ -31,16 +31,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 # %% ../../nbs/04_methods/01_base.ipynb #42b0689b
-Players = dict[str, nn.Module]
-Loss = Callable[[Players, States], tuple[Tensor, dict[str, Tensor]]]
+Networks = dict[str, nn.Module]
+Loss = Callable[[Networks, States], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser step within an update: the player that learns ("student" or one of the method's networks), and the loss it learns from,
-    a function of all players (as the trainer has prepared them for its devices) and of the states."""
+    """One optimiser step within an update: the network that learns ("student" or one of the method's networks), and the loss it learns from,
+    a function of all networks (as the trainer has prepared them for its devices) and of the states."""
 
-    player: str
+    network: str
     loss: Loss
 
 # %% ../../nbs/04_methods/01_base.ipynb #ff67abda
@@ -68,13 +68,13 @@ class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
     `networks`: other networks that learn, by name; the trainer gives each an optimiser and saves both. `rates`: their learning rates over the student's (1 if not named).
-    `followers`: averages of the student, by name; the trainer moves and saves them. `experts`: denoisers that are asked but do not learn, by name; their evaluations are counted.
+    `followers`: averages of the student, by name; the trainer moves and saves them. `asked`: denoisers that are asked but do not learn, by name; their evaluations are counted.
     """
 
-    networks: Players = {}
+    networks: Networks = {}
     rates: dict[str, float] = {}
     followers: dict[str, Follower] = {}
-    experts: dict[str, Denoiser] = {}
+    asked: dict[str, Denoiser] = {}
 
     def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar to minimise, and scalars to log (tensors: reading them would stall the device)."""
@@ -82,7 +82,7 @@ class Method:
 
     def turns(self, step: int) -> list[Turn]:
         """The optimiser steps of update `step`, in order."""
-        return [Turn("student", lambda players, states: self.loss(players["student"], states))]
+        return [Turn("student", lambda networks, states: self.loss(networks["student"], states))]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this process remembers between updates beside networks and followers, as tensors; the trainer saves it."""

@@ -69,7 +69,7 @@ class Consistency(Method):
     def __init__(self, teacher: Teacher | None, destination: Edges | Anywhere, target: Follower | None = None, distance: Distance = "huber"):
         self.teacher, self.destination, self.target, self.distance = teacher, destination, target, check_distance(distance)
         self.followers = {} if target is None else {"target": target}
-        self.experts = ({} if teacher is None else {"teacher": teacher.denoiser}) | ({} if target is None else {"target": target.network})
+        self.asked = ({} if teacher is None else {"teacher": teacher.denoiser}) | ({} if target is None else {"target": target.network})
         self.ends = str(destination)
 
     def step(self, states: States) -> Tensor:
@@ -121,12 +121,12 @@ class BiDirectional(Method):
         if self.edges[-1] <= 0:
             raise ValueError("the way back cannot begin at 0, where there is no noise to tell the paths apart: let the grid end at a small time above it")
         self.teacher, self.weight, self.distance = teacher, float(weight), check_distance(distance)
-        self.down, self.networks, self.experts = Edges(self.edges), {"encoder": encoder}, {"teacher": teacher.denoiser}
+        self.down, self.networks, self.asked = Edges(self.edges), {"encoder": encoder}, {"teacher": teacher.denoiser}
         self.ends = str(self.down)
 
     def turns(self, step: int) -> list[Turn]:
-        return [Turn("student", lambda players, states: self._turn(players["student"], players["encoder"], states, decode=True)),
-                Turn("encoder", lambda players, states: self._turn(players["encoder"], players["student"], states, decode=False))]
+        return [Turn("student", lambda networks, states: self._turn(networks["student"], networks["encoder"], states, decode=True)),
+                Turn("encoder", lambda networks, states: self._turn(networks["encoder"], networks["student"], states, decode=False))]
 
     def _turn(self, learner: nn.Module, other: nn.Module, states: States, decode: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The segment's loss and the cycle of one of the two networks."""

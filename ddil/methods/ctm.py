@@ -34,12 +34,12 @@ class CTM(Method):
         self.teacher, self.target, self.distance, self.longest, self.denoising, self.weighting = teacher, target, check_distance(distance), longest, denoising, weighting
         self._weight, self._anywhere, self.adversary_from = weighting_by_name(weighting), Anywhere(teacher.grid.cpu()), adversary_from
         self._adversarial = adversarial_loss_by_name("hinge")
-        self.followers, self.experts = {"target": target}, {"teacher": teacher.denoiser, "target": target.network}
+        self.followers, self.asked = {"target": target}, {"teacher": teacher.denoiser, "target": target.network}
         self.networks = {} if discriminator is None else {"discriminator": discriminator}
 
     def turns(self, step: int) -> list[Turn]:
         adversary = bool(self.networks) and step >= self.adversary_from
-        learner = Turn("student", lambda players, states: self.student_loss(players["student"], states, players["discriminator"] if adversary else None))
+        learner = Turn("student", lambda networks, states: self.student_loss(networks["student"], states, networks["discriminator"] if adversary else None))
         return [learner, Turn("discriminator", self.discriminator_loss)] if adversary else [learner]
 
     def later(self, states: States) -> tuple[Tensor, Tensor]:
@@ -78,13 +78,13 @@ class CTM(Method):
             loss, logs = loss + self._balance(student, consistency, adversary) * adversary, {**logs, "adversary": adversary}
         return loss, logs
 
-    def discriminator_loss(self, players: dict[str, nn.Module], states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, networks: dict[str, nn.Module], states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The hinge loss: data above 1, the student's samples below -1."""
         if states.x is None:
             raise ValueError("the adversarial term needs the clean data of its states: use the roll-in Forward, not states from a walk")
         with torch.no_grad():
-            made = jump_to(bare(players["student"]), states.z, states.t, torch.zeros_like(states.t), states.cond)
-        judge = players["discriminator"]
+            made = jump_to(bare(networks["student"]), states.z, states.t, torch.zeros_like(states.t), states.cond)
+        judge = networks["discriminator"]
         return self._adversarial.judge(judge(states.x), judge(made)), {}
 
     def _balance(self, student: nn.Module, main: Tensor, other: Tensor) -> Tensor | float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import cat_cond, coefficients, Cond, Denoiser, map_cond, cast
 from ..diffusion.wrappers import innermost, Wrapper
 from .adversary import adversarial_loss_by_name
-from .base import Players, bare, weighted_error, weighting_by_name
+from .base import Networks, bare, weighted_error, weighting_by_name
 from ..diffusion.noise import Shard, generator
 from ..diffusion.schedule import Schedule
 from ..rollins.states import Data, States
@@ -37,9 +37,9 @@ class Delta:
     All answers of this module have `networks` that learn (none here), `estimate`, and what is remembered between updates.
     """
 
-    networks: Players = {}
+    networks: Networks = {}
 
-    def estimate(self, players: Players, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(n, …) posterior means at (noisy, t), and what to log. x: the samples, (n, …), without gradient, that were noised."""
         return x, {}
 
@@ -63,7 +63,7 @@ class Known(Delta):
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
 
-    def estimate(self, players: Players, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.denoiser(noisy, t, cond), {}
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #25129ed7
@@ -79,7 +79,7 @@ class Samples(Delta):
         self.memory, self.leave_out, self._schedule, self._now = memory, leave_out, schedule, 0
         self._bank: dict[str, Tensor] = {}  # x, the update it is from, its label
 
-    def estimate(self, players: Players, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pool = self._pool(x, cond, self._now)
         flat, points = noisy.double().flatten(1), pool["x"].double().flatten(1)
         alpha, sigma = coefficients(self._schedule, t, flat)
@@ -189,8 +189,8 @@ class Critic(Delta):
         self.weighting, self.adversary, self.loss_name = weighting, adversary, loss
         self._weight, self._loss = weighting_by_name(weighting), adversarial_loss_by_name(loss)
 
-    def estimate(self, players: Players, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return bare(players["fake"])(noisy, t, cond), {}
+    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return bare(networks["fake"])(noisy, t, cond), {}
 
     def loss(self, fake: nn.Module, x: Tensor, cond: Cond, real: tuple[Tensor, Cond] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the network minimises on samples of the student, without gradient, and as many of data with their conditions, if it judges."""
@@ -207,9 +207,9 @@ class Critic(Delta):
         adversary = self._loss.judge(true, made)
         return denoising + self.adversary * adversary, {"denoising": denoising, "adversary": adversary, "right of judge": ((true > 0).float().mean() + (made < 0).float().mean()) / 2}
 
-    def persuade(self, players: Players, x: Tensor, cond: Cond) -> Tensor:
+    def persuade(self, networks: Networks, x: Tensor, cond: Cond) -> Tensor:
         """What the student minimises to be taken for data; the gradient reaches `x` and leaves the network alone."""
-        network = bare(players["fake"])
+        network = bare(networks["fake"])
         with frozen(network):
             noisy, t = noised(x, network.schedule)
             return self._loss.student(network(noisy, t, cond, judged=len(x))[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser, coefficients, cast
 from .adversary import drift, pull
-from .base import Distance, Method, Players, Turn, bare, check_distance, check_guidance, distance_between
+from .base import Distance, Method, Networks, Turn, bare, check_distance, check_guidance, distance_between
 from .fakes import Delta, RealSamples, data_for, noised
 from ..solvers import ddim_update
 from ..rollins.states import States
@@ -59,7 +59,7 @@ class DistributionMatching(Method):
         self.real, self.fake, self.data, self.weighting, self.ratio = real, fake, data, weighting, ratio
         self.adversary, self.regression, self.distance = adversary, regression, check_distance(distance)
         self.low, self.high = times
-        self.networks, self.experts = fake.networks, {"real": real}
+        self.networks, self.asked = fake.networks, {"real": real}
         self._drawn = 0  # states of this update for which the judge has seen data
         self._made: list[Tensor] = []  # samples that the student made in this update and the critic has not yet seen, part by part
 
@@ -72,14 +72,14 @@ class DistributionMatching(Method):
         self._drawn = 0
         return student + [Turn(name, partial(self.fake_loss, step)) for name in self.networks]
 
-    def student_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """Every term as a gradient at the student's samples, which then goes through the student once."""
-        sample = players["student"](states.z, states.t, states.cond)
+        sample = networks["student"](states.z, states.t, states.cond)
         x = sample.detach().requires_grad_()
         self._made.append(x.detach())
         gradients, logs = {}, {}
-        gradients["matching"], seen = self.matching(players, x.detach(), states.cond)
-        terms = {"adversary": self._persuasion(players, x, states.cond), "regression": self._regression(bare(players["student"]), x, states)}
+        gradients["matching"], seen = self.matching(networks, x.detach(), states.cond)
+        terms = {"adversary": self._persuasion(networks, x, states.cond), "regression": self._regression(bare(networks["student"]), x, states)}
         for name, term in terms.items():
             if term is not None:
                 gradients[name], logs[name] = torch.autograd.grad(term, x)[0], term
@@ -87,16 +87,16 @@ class DistributionMatching(Method):
         loss, norms = pull(sample, gradients)
         return loss, {**logs, **norms, **seen, **drift(x)}
 
-    def matching(self, players: Players, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+    def matching(self, networks: Networks, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient, at samples x, of half the squared length of the move, averaged over all elements; and what to log."""
         noisy, t = noised(x, self.real.schedule, self.low, self.high)
         with torch.no_grad():
             real = self.real(noisy, t, cond)
-            fake, logs = self.fake.estimate(players, noisy, t, cond, x)
+            fake, logs = self.fake.estimate(networks, noisy, t, cond, x)
             return matching_gradient(x, real, fake, *coefficients(self.real.schedule, t, x), self.weighting) / x.numel(), logs
 
-    def _persuasion(self, players: Players, x: Tensor, cond: Cond) -> Tensor | None:
-        return self.adversary * self.fake.persuade(players, x, cond) if self.adversary else None
+    def _persuasion(self, networks: Networks, x: Tensor, cond: Cond) -> Tensor | None:
+        return self.adversary * self.fake.persuade(networks, x, cond) if self.adversary else None
 
     def _regression(self, student: Denoiser, x: Tensor, states: States) -> Tensor | None:
         """The distance of the student's arrivals from their labels, averaged over all states: those without a label count nothing."""
@@ -106,16 +106,16 @@ class DistributionMatching(Method):
         arrival = ddim_update(student, states.z, x, states.t, states.s)
         return self.regression * distance_between(self.distance, arrival[rows], states.teacher_z[rows]).sum() / len(states)
 
-    def fake_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def fake_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns from the samples of the student's turn, or, where it had none, from new ones."""
         if self._made:
             x = self._made.pop(0)
         else:
             with torch.no_grad():
-                x = bare(players["student"])(states.z, states.t, states.cond)
+                x = bare(networks["student"])(states.z, states.t, states.cond)
         real = data_for(states, self.data, step, self._drawn) if self.fake.judges else None
         self._drawn += len(states)
-        return self.fake.loss(players["fake"], x, states.cond, real)
+        return self.fake.loss(networks["fake"], x, states.cond, real)
 
     def blame(self, names: list[str]) -> str:
         return "fake" if self.networks and names[0] == "loss" and "contrast" not in names else super().blame(names)  # finite samples: what was said of them is not

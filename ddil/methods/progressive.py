@@ -25,7 +25,7 @@ class Progressive(Method):
     def __init__(self, teacher: Teacher, weighting: str = "truncated_snr"):
         self.teacher, self.weighting = teacher, weighting
         self._weight = weighting_by_name(weighting)
-        self.experts = {"teacher": teacher.denoiser}
+        self.asked = {"teacher": teacher.denoiser}
 
     def target(self, states: States) -> Tensor:
         """(n, …): what the student should answer; the teacher is asked only at states that carry no label."""

@@ -36,7 +36,7 @@ class Regression(Method):
 
     def __init__(self, teacher: Teacher, distance: Distance = "l2"):
         self.teacher, self.distance = teacher, check_distance(distance)
-        self.experts = {"teacher": teacher.denoiser}
+        self.asked = {"teacher": teacher.denoiser}
 
     def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         label = self.teacher.label(states)
@@ -93,7 +93,7 @@ class GuidanceDistillation(Method):
     def __init__(self, denoiser: Denoiser, weighting: str = "truncated_snr"):
         self.denoiser, self.weighting = denoiser, weighting
         self._weight = weighting_by_name(weighting)
-        self.experts = {"teacher": denoiser}
+        self.asked = {"teacher": denoiser}
 
     def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():

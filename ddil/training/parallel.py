@@ -87,10 +87,10 @@ class Replicated:
 
     def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The network as the loss is to call it, and its optimiser."""
-        player = self.accelerator.prepare(network)
+        network = self.accelerator.prepare(network)
         optimizer = make(trained(network))
         # Accelerate's wrapper is needed where gradients are scaled (fp16); elsewhere it only costs time at every step.
-        return player, optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
+        return network, optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
 
     def place_follower(self, network: nn.Module) -> None:
         """Place a network that follows the student's weights."""
@@ -104,14 +104,14 @@ class Replicated:
         """The precision of networks, losses and roll-ins."""
         return self.accelerator.autocast()
 
-    def part(self, player: nn.Module, last: bool) -> AbstractContextManager:
+    def part(self, network: nn.Module, last: bool) -> AbstractContextManager:
         """What surrounds loss and gradient of one part of a batch."""
-        return nullcontext() if last else getattr(player, "no_sync", nullcontext)()
+        return nullcontext() if last else getattr(network, "no_sync", nullcontext)()
 
-    def backward(self, player: nn.Module, loss: Tensor) -> None:
+    def backward(self, network: nn.Module, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def take_step(self, player: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
+    def take_step(self, network: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
         """Clip the gradient, step, and return the gradient's norm before."""
         norm = self.accelerator.clip_grad_norm_(parameters, self.clip)
         optimizer.step()
@@ -213,10 +213,10 @@ class Sharded(Replicated):
                 dist.broadcast(tensor.detach(), 0)
         shard(network, mesh=self.mesh, mp_policy=self.policy)
 
-    def part(self, player: nn.Module, last: bool) -> AbstractContextManager:
+    def part(self, network: nn.Module, last: bool) -> AbstractContextManager:
         return nullcontext()  # every part's gradient is shared out at once: whole ones would not fit
 
-    def take_step(self, player: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
+    def take_step(self, network: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
         ours = _parameters(optimizer)
         for mine, parameter in zip(ours, parameters, strict=True):
             mine.grad = None if parameter.grad is None else local(parameter.grad)
@@ -258,16 +258,16 @@ class ZeRO2(Replicated):
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def part(self, player: nn.Module, last: bool) -> AbstractContextManager:
-        player.set_gradient_accumulation_boundary(is_boundary=last)
+    def part(self, network: nn.Module, last: bool) -> AbstractContextManager:
+        network.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
-    def backward(self, player: nn.Module, loss: Tensor) -> None:
-        player.backward(loss)
+    def backward(self, network: nn.Module, loss: Tensor) -> None:
+        network.backward(loss)
 
-    def take_step(self, player: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
-        player.step()  # clips, steps and forgets the gradient
-        return torch.as_tensor(player.get_global_grad_norm(), device=self.accelerator.device)
+    def take_step(self, network: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
+        network.step()  # clips, steps and forgets the gradient
+        return torch.as_tensor(network.get_global_grad_norm(), device=self.accelerator.device)
 
     def optimizer_tensors(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state

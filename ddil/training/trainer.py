@@ -80,7 +80,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []  # the lines of the log so far
         self._pending: list[dict[str, Tensor]] = []
-        self._counted = {name: innermost(network) for name, network in {**self.networks, **method.experts}.items() if isinstance(network, Denoiser)}
+        self._counted = {name: innermost(network) for name, network in {**self.networks, **method.asked}.items() if isinstance(network, Denoiser)}
         self._evaluations = {name: -denoiser.evaluations for name, denoiser in self._counted.items()}
         if self.folder is not None:
             self._resume()
@@ -88,13 +88,13 @@ class Trainer:
             watch.begin(self.folder, self.step)
 
     def _place(self) -> None:
-        """Networks and optimisers on the devices: `players` are what losses call, `networks` what is inside."""
-        self.players, self.optimizers = {}, {}
+        """Networks and optimisers on the devices: `prepared` are what losses call, `networks` what is inside."""
+        self.prepared, self.optimizers = {}, {}
         for name, network in self.networks.items():
             if self.settings.gradient_checkpointing and isinstance(network, Denoiser):
                 checkpoint_gradients(network)
             make = lambda parameters: make_optimizer(self.settings, parameters, f"{name}, a {type(network).__name__},")
-            self.players[name], self.optimizers[name] = self.distribution.place(network, make)
+            self.prepared[name], self.optimizers[name] = self.distribution.place(network, make)
         for follower in self.method.followers.values():
             self.distribution.place_follower(follower.network)
             follower.follow(self.student)
@@ -102,7 +102,7 @@ class Trainer:
 
     @property
     def evaluations(self) -> dict[str, int]:
-        """Network evaluations so far (in samples, over all processes, which must all ask) of the student, of the method's other denoisers and of its experts."""
+        """Network evaluations so far (in samples, over all processes, which must all ask) of the student, of the method's other denoisers, and of those that it asks."""
         mine = torch.tensor(list(self._own_evaluations().values()), dtype=torch.float64, device=self.accelerator.device)
         return dict(zip(self._counted, (int(count) for count in self.accelerator.reduce(mine, "sum").tolist())))
 
@@ -127,8 +127,8 @@ class Trainer:
             raise RuntimeError(f"another run is training in {self.folder}: wait for it, stop it, or use another folder") from None
 
     def _fit(self) -> Trainer:
-        for player in self.players.values():
-            player.train()
+        for network in self.prepared.values():
+            network.train()
         clock, done = time.perf_counter(), self.seconds
         for step in self.progress(range(self.step, self.settings.updates)):
             self.update(step)
@@ -158,24 +158,24 @@ class Trainer:
         self._pending.append(logs)
 
     def _take(self, turn: Turn, states, step: int) -> dict[str, Tensor]:
-        player, optimizer, parts = self.players[turn.player], self.optimizers[turn.player], self.settings.accumulate
+        network, optimizer, parts = self.prepared[turn.network], self.optimizers[turn.network], self.settings.accumulate
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.rate(step) * self.method.rates.get(turn.player, 1.0)
+            group["lr"] = self.settings.rate(step) * self.method.rates.get(turn.network, 1.0)
         size = -(-len(states) // parts)
         sums: dict[str, Tensor] = {}
         for start in range(0, len(states), size):
             part = states[start : start + size] if parts > 1 else states
-            with self.distribution.part(player, last=start + size >= len(states)):
+            with self.distribution.part(network, last=start + size >= len(states)):
                 with self.distribution.autocast():
-                    loss, logs = turn.loss(self.players, part)
+                    loss, logs = turn.loss(self.prepared, part)
                 share = len(part) / len(states)
-                self.distribution.backward(player, loss * share if parts > 1 else loss)
+                self.distribution.backward(network, loss * share if parts > 1 else loss)
             for key, value in {"loss": loss, **logs}.items():
                 sums[key] = sums.get(key, 0) + value.detach() * share
-        norm = self.distribution.take_step(player, optimizer, self._parameters[turn.player])
-        for parameter in chain(*self._parameters.values()):  # a loss may have reached other players' weights
+        norm = self.distribution.take_step(network, optimizer, self._parameters[turn.network])
+        for parameter in chain(*self._parameters.values()):  # a loss may have reached other networks' weights
             parameter.grad = None
-        prefix = "" if turn.player == "student" else f"{turn.player} "
+        prefix = "" if turn.network == "student" else f"{turn.network} "
         return {f"{prefix}{key}": value for key, value in {**sums, "gradient norm": norm}.items()}
 
     def _flush(self, look: bool) -> None:
