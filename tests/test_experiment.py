@@ -25,6 +25,7 @@ output: str = "runs"
 """
 CHECK = """
 from ddil.lab.parameters import *
+from ddil.words import progress
 from ddil.lab.results import row, write_results
 given = check_parameters(globals(), {"updates": whole(), "rate": number(0, 1), "steps": halving_steps(), "shuffle": flag(), "name": text(), "output": text()})
 """

@@ -25,6 +25,8 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 class Lookup(nn.Module):
     """A text encoder that gives each token's own random row of 16 numbers."""
 
+    device = torch.device("cpu")
+
     def __init__(self, count: int):
         super().__init__()
         self.rows = nn.Embedding.from_pretrained(torch.randn(count, 16, generator=torch.Generator().manual_seed(11)))
