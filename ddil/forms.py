@@ -69,7 +69,7 @@ def _several(value: Any, origin: type, kinds: Sequence[Any]) -> Any:
 
 # %% ../nbs/10_lab/02_forms.ipynb #e8a9b2fd
 def _one_of_kinds(value: Any, kinds: Sequence[Any]) -> Any:
-    """What a value means for a union of types: None where it says so, else what the first type that understands it makes."""
+    """What a value means for a union of types: None if it says so, else what the first type makes of it."""
     if isinstance(value, str) and NoneType in kinds and value.strip().lower() in ("none", "null"):
         return None
     for kind in kinds:
@@ -153,7 +153,7 @@ class Absent(ValueError):
 
 
 class UnusableValues(ValueError):
-    """Values cannot be used: `wrong` has a line for each that no machine can use, `absent` for each that is not on this one."""
+    """Values cannot be used: `wrong` has lines for those no machine can use, `absent` for those not on this one."""
 
     def __init__(self, what: str, wrong: Iterable[str], absent: Iterable[str] = ()):
         self.what, self.wrong, self.absent = what, list(wrong), list(absent)
@@ -221,7 +221,7 @@ def rule(method: _R) -> _R:
 
 
 def _broken_rules(form: Form, partial: bool) -> Iterator[str]:
-    """What the rules of a form complain of. `partial`: some fields are missing, and rules that need them are left out."""
+    """What the rules of a form complain of. `partial`: some fields are missing; rules that need them are left out."""
     members = {name: member for kind in reversed(type(form).__mro__) for name, member in vars(kind).items()}
     for member in members.values():
         if not getattr(member, "is_rule", False):
@@ -260,7 +260,7 @@ class Form(BaseModel):
 
     @classmethod
     def read(cls, values: Mapping[str, Any] | None, what: str = "") -> Self:
-        """The form with `values`, such as those of a YAML file; a complaint calls them `what`. Raises UnusableValues."""
+        """The form with `values`, such as a YAML file's; a complaint calls them `what`. Raises UnusableValues."""
         what = what or f"the {_noun_of(cls)}"
         if not isinstance(values or {}, Mapping):
             example = f"{next(iter(cls.model_fields), 'name')}: …"
@@ -293,7 +293,8 @@ def _all_faults(form: type[Form], values: Mapping[str, Any], error: ValidationEr
         first.setdefault(name, _lines_of(entry, form, values.get(name)))
     lines = [line for own in first.values() for line in own]
     fields = {name: entry for name, entry in form.model_fields.items() if name in values and name not in first}
-    partial = form.model_construct(**{name: understand(values[name], entry.annotation) for name, entry in fields.items()})
+    good = {name: understand(values[name], entry.annotation) for name, entry in fields.items()}
+    partial = form.model_construct(**good)
     for name in first:
         partial.__dict__.pop(name, None)
     wrong = [line for line, raised in lines if not isinstance(raised, Absent)]
@@ -342,11 +343,12 @@ def _help_text(field: FieldText) -> str:
 
 def add_options(parser: argparse.ArgumentParser, form: type[Form], groups: Mapping[str, Sequence[str]] = {}) -> None:
     """Make every field of a form an option of a command. `groups`: headings, each with the fields below it."""
-    place = {name: group for title, names in groups.items() for group in [parser.add_argument_group(title)] for name in names}
+    headings = {title: parser.add_argument_group(title) for title in groups}
+    place = {name: headings[title] for title, names in groups.items() for name in names}
     for field in fields_of(form):
         flag = {"nargs": "?", "const": "true"} if form.model_fields[field.name].annotation is bool else {}
-        option = f"--{field.name.replace('_', '-')}"
-        place.get(field.name, parser).add_argument(option, dest=field.name, metavar="VALUE", help=_help_text(field), **flag)
+        way = {"dest": field.name, "metavar": "VALUE", "help": _help_text(field), **flag}
+        place.get(field.name, parser).add_argument(f"--{field.name.replace('_', '-')}", **way)
 
 
 def options_given(form: type[Form], given: argparse.Namespace) -> dict[str, str]:

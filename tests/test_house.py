@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ddil"
-FLOORS = [("words", "files", "forms"), ("diffusion",), ("solvers",), ("rollins",), ("methods", "measure"), ("training",), ("models",),
-          ("datasets",), ("distil",), ("lab", "cli", "benchmarks")]
+FLOORS = [("words", "files"), ("forms",), ("diffusion",), ("solvers",), ("rollins",), ("methods", "measure"), ("training",),
+          ("models",), ("datasets",), ("distil",), ("lab", "cli", "benchmarks")]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
