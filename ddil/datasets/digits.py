@@ -46,7 +46,12 @@ def digits_classifier(device: str | torch.device = "cpu") -> Classifier:
     """The shipped classifier of the digits, in evaluation mode; its `features` serve the Fréchet distance, density and coverage."""
     folder = asset("digits-classifier")
     unseal(folder, "reinstall the package, or run `make teacher`")
-    return Classifier.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().requires_grad_(False).to(device)
+    return (
+        Classifier.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        .eval()
+        .requires_grad_(False)
+        .to(device)
+    )
 
 # %% ../../nbs/08_datasets/01_digits.ipynb #bec3aed9
 def digit_atoms(count: int = 200, bandwidth: float = 0.1) -> tuple[GaussianMixture, TensorData]:

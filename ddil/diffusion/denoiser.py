@@ -27,7 +27,9 @@ def coefficients(schedule: Schedule, t: Time, like: Tensor) -> tuple[Time, Time]
     if not isinstance(t, Tensor):
         return schedule.alpha_sigma(t) if t != 0 else (1.0, 0.0)
     if t.shape != like.shape[:1]:
-        raise ValueError(f"t must be one float or one time per sample, shape {tuple(like.shape[:1])}, not {tuple(t.shape)}")
+        raise ValueError(
+            f"t must be one float or one time per sample, shape {tuple(like.shape[:1])}, not {tuple(t.shape)}"
+        )
     alpha, sigma = schedule.alpha_sigma(t)
     alpha, sigma = torch.where(t == 0, 1.0, alpha), torch.where(t == 0, 0.0, sigma)
     shape = (-1,) + (1,) * (like.ndim - 1)
@@ -130,11 +132,15 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         if isinstance(t, Tensor) and t.shape != z.shape[:1]:
-            raise ValueError(f"t must be one float or one time per sample, shape {tuple(z.shape[:1])}, not {tuple(t.shape)}")
+            raise ValueError(
+                f"t must be one float or one time per sample, shape {tuple(z.shape[:1])}, not {tuple(t.shape)}"
+            )
         self.evaluations += len(z)
         x_hat = self.predict(z, t, cond)
         if x_hat.shape != z.shape:
-            raise ValueError(f"{type(self).__name__} returned shape {tuple(x_hat.shape)} for states of shape {tuple(z.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} returned shape {tuple(x_hat.shape)} for states of shape {tuple(z.shape)}"
+            )
         return x_hat
 
     def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
@@ -142,8 +148,10 @@ class Denoiser(nn.Module):
 
     def null_condition(self, cond: Cond) -> Cond:
         """The condition that means "no condition", for as many samples as `cond` has."""
-        raise ValueError(f"{type(self).__name__} knows no null condition for {'no condition' if cond is None else 'this one'}, so it cannot be guided: "
-                         "that takes a network trained with condition dropout, and conditions to drop")
+        raise ValueError(
+            f"{type(self).__name__} knows no null condition for {'no condition' if cond is None else 'this one'}, so it cannot be guided: "
+            "that takes a network trained with condition dropout, and conditions to drop"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -157,13 +165,21 @@ class Denoiser(nn.Module):
 class FurtherInputs(nn.Module):
     """Embeddings of further inputs, to be added to a time embedding of `width`; zero before training. One frequency band for each: see `SCALES`."""
 
-    SCALES = {"guidance_scale": 1000.0, "end": 1000.0, "steps": 100.0}  # the guidance as in LCM (Luo et al. 2023), which embeds 1000 (scale - 1)
+    SCALES = {
+        "guidance_scale": 1000.0,
+        "end": 1000.0,
+        "steps": 100.0,
+    }  # the guidance as in LCM (Luo et al. 2023), which embeds 1000 (scale - 1)
 
     def __init__(self, names: Sequence[str], width: int, channels: int = 64):
         super().__init__()
         half = channels // 2
-        self.register_buffer("frequencies", torch.exp(-torch.arange(half) * (math.log(1e4) / (half - 1))), persistent=False)
-        self.layers = nn.ModuleDict({name: nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width)) for name in names})
+        self.register_buffer(
+            "frequencies", torch.exp(-torch.arange(half) * (math.log(1e4) / (half - 1))), persistent=False
+        )
+        self.layers = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width)) for name in names}
+        )
         for layer in self.layers.values():
             nn.init.zeros_(layer[2].weight), nn.init.zeros_(layer[2].bias)
 
@@ -174,5 +190,7 @@ class FurtherInputs(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
     def forward(self, values: dict[str, Tensor]) -> Tensor:
-        parts = [layer(self.sinusoids(name, values[name]).to(layer[0].weight.dtype)) for name, layer in self.layers.items()]
+        parts = [
+            layer(self.sinusoids(name, values[name]).to(layer[0].weight.dtype)) for name, layer in self.layers.items()
+        ]
         return torch.stack(parts).sum(0)

@@ -42,7 +42,14 @@ class GaussianMixture(Denoiser):
     cond: (n,) labels in [0, c] where c means no condition, or None.
     """
 
-    def __init__(self, means: Tensor, std: float | Tensor, weights: Tensor | None = None, classes: Tensor | None = None, schedule: Schedule = Cosine()):
+    def __init__(
+        self,
+        means: Tensor,
+        std: float | Tensor,
+        weights: Tensor | None = None,
+        classes: Tensor | None = None,
+        schedule: Schedule = Cosine(),
+    ):
         super().__init__(schedule)
         if len(means) == 0:
             raise ValueError("a mixture needs at least one component, and the data set is empty")
@@ -50,7 +57,9 @@ class GaussianMixture(Denoiser):
         self.sample_shape = tuple(means.shape[1:])
         self.register_buffer("means", means.double().flatten(1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64).expand(k).clone())
-        self.register_buffer("log_weights", (torch.ones(k) if weights is None else weights).double().log().log_softmax(0))
+        self.register_buffer(
+            "log_weights", (torch.ones(k) if weights is None else weights).double().log().log_softmax(0)
+        )
         self.register_buffer("classes", classes)
         self.num_classes = None if classes is None else int(classes.max()) + 1
 
@@ -59,7 +68,11 @@ class GaussianMixture(Denoiser):
         flat = z.double().flatten(1)
         alpha, sigma = coefficients(self.schedule, t, flat)
         variance = (alpha**2 * self.std**2 + sigma**2).clamp(min=1e-30)  # atoms without width, at no noise
-        distance = flat.square().sum(1, keepdim=True) - 2 * alpha * (flat @ self.means.T) + alpha**2 * self.means.square().sum(1)
+        distance = (
+            flat.square().sum(1, keepdim=True)
+            - 2 * alpha * (flat @ self.means.T)
+            + alpha**2 * self.means.square().sum(1)
+        )
         joint = self.log_weights - distance / (2 * variance) - flat.shape[1] / 2 * torch.as_tensor(variance).log()
         if cond is not None and self.classes is not None:
             allowed = (cond[:, None] == self.classes) | (cond[:, None] == self.num_classes)
@@ -90,6 +103,8 @@ class GaussianMixture(Denoiser):
         return (self.means[which] + self.std[which, None] * noise).view(n, *self.sample_shape)
 
 # %% ../../nbs/01_diffusion/06_exact.ipynb #329ef7c8
-def finite_data(points: Tensor, bandwidth: float = 0.0, classes: Tensor | None = None, schedule: Schedule = Cosine()) -> GaussianMixture:
+def finite_data(
+    points: Tensor, bandwidth: float = 0.0, classes: Tensor | None = None, schedule: Schedule = Cosine()
+) -> GaussianMixture:
     """The exact teacher of a finite data set: its posterior mean, every point smeared by a Gaussian of standard deviation `bandwidth`."""
     return GaussianMixture(points, bandwidth, classes=classes, schedule=schedule)

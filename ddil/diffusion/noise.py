@@ -23,7 +23,9 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def sample_noise(ids: Sequence[int], shape: Sequence[int], seed: int = 0, draw: int = 0) -> Tensor:
-    """Standard normal noise of shape (len(ids), *shape), float32 on the CPU; row j depends on (seed, ids[j], draw) alone."""
+    """Standard normal noise of shape (len(ids), *shape), float32 on the CPU.
+
+    Row j depends on (seed, ids[j], draw) alone. Raises ValueError if there are no ids."""
     if len(ids) == 0:
         raise ValueError("no sample ids: there is nothing to draw noise for")
     rows = [generator(seed, "sample", int(i), draw).standard_normal(tuple(shape), dtype=np.float32) for i in ids]
@@ -38,9 +40,10 @@ class Shard:
     world: int = 1
 
     def share(self, n: int) -> slice:
-        """The rows of a global batch of `n` that this process owns. Raises ValueError if they cannot be shared evenly."""
+        """The rows of a global batch of `n` that this process owns. Raises ValueError if the shares are not even."""
         if n < 1 or n % self.world:
-            raise ValueError(f"a global batch of {n} cannot be shared evenly among {self.world} processes: choose a multiple of {self.world}")
+            raise ValueError(f"a global batch of {n} cannot be shared evenly among {self.world} processes: "
+                             f"choose a multiple of {self.world}")
         return slice(n // self.world * self.rank, n // self.world * (self.rank + 1))
 
 # %% ../../nbs/01_diffusion/03_noise.ipynb #a22f267d
@@ -50,8 +53,9 @@ def _epoch_order(size: int, epoch: int, seed: int) -> np.ndarray:
 
 
 def shuffled_indices(size: int, n: int, step: int, seed: int = 0) -> np.ndarray:
-    """Indices of the `step`-th batch of `n` when a data set of `size` is read epoch by epoch, each epoch in its own random order."""
+    """(n,): the rows of the `step`-th batch, when a data set of `size` rows is read epoch by epoch, each in its own
+    random order. Raises ValueError for an empty data set."""
     if size < 1:
         raise ValueError("the data set is empty")
     epochs, places = np.divmod(np.arange(step * n, (step + 1) * n), size)
-    return np.concatenate([_epoch_order(size, int(epoch), seed)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+    return np.concatenate([_epoch_order(size, int(e), seed)[places[epochs == e]] for e in np.unique(epochs)])

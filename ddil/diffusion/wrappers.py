@@ -50,7 +50,9 @@ class Guided(Wrapper):
     def __init__(self, denoiser: Denoiser, guidance_scale: float | None):
         super().__init__(denoiser)
         if denoiser.guidance_distilled and guidance_scale != 1:
-            raise ValueError("this student imitates a guided teacher already: guiding it again would apply guidance twice; use guidance_scale=1")
+            raise ValueError(
+                "this student imitates a guided teacher already: guiding it again would apply guidance twice; use guidance_scale=1"
+            )
         self.guidance_scale = None if guidance_scale is None else float(guidance_scale)
 
     @property
@@ -72,7 +74,9 @@ class Guided(Wrapper):
         scale = self.guidance_scale
         if scale is None:
             scale, cond, null = _own_scales(cond, z), _without_scale(cond), _without_scale(null)
-        both = self.denoiser(torch.cat([z, z]), torch.cat([t, t]) if isinstance(t, Tensor) else t, cat_cond([cond, null]))
+        both = self.denoiser(
+            torch.cat([z, z]), torch.cat([t, t]) if isinstance(t, Tensor) else t, cat_cond([cond, null])
+        )
         conditional, unconditional = both.chunk(2)
         return torch.lerp(unconditional, conditional, scale)
 
@@ -80,7 +84,9 @@ class Guided(Wrapper):
 def _own_scales(cond: Cond, z: Tensor) -> Tensor:
     scales = split_inputs(cond)[1].get("guidance_scale")
     if scales is None:
-        raise ValueError("each sample is guided at its own scale, and the condition has none: pass with_inputs(cond, guidance_scale=…)")
+        raise ValueError(
+            "each sample is guided at its own scale, and the condition has none: pass with_inputs(cond, guidance_scale=…)"
+        )
     return scales.to(z.dtype).view((-1,) + (1,) * (z.ndim - 1))
 
 
@@ -96,7 +102,9 @@ class Told(Wrapper):
     def __init__(self, denoiser: Denoiser, **values: float):
         super().__init__(denoiser)
         if strange := set(values) - set(denoiser.inputs):
-            raise ValueError(f"this denoiser takes the inputs {list(denoiser.inputs)}, not {', '.join(sorted(strange))}")
+            raise ValueError(
+                f"this denoiser takes the inputs {list(denoiser.inputs)}, not {', '.join(sorted(strange))}"
+            )
         self.values = {name: float(value) for name, value in values.items()}
 
     @property
@@ -122,7 +130,9 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if self.kind not in ("static", "dynamic") or self.gradient not in ("straight-through", "hard"):
-            raise ValueError(f"a threshold is 'static' or 'dynamic' with gradient 'straight-through' or 'hard', not {self.kind!r}, {self.gradient!r}")
+            raise ValueError(
+                f"a threshold is 'static' or 'dynamic' with gradient 'straight-through' or 'hard', not {self.kind!r}, {self.gradient!r}"
+            )
         if not self.bound > 0 or not 0 < self.percentile <= 1:
             raise ValueError(f"bound must be positive and percentile in (0, 1], not {self.bound}, {self.percentile}")
 
@@ -153,8 +163,13 @@ class Rescheduled(Wrapper):
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         at = t if isinstance(t, Tensor) else torch.full((len(z),), t, dtype=torch.float64, device=z.device)
         inner = self.denoiser.schedule.time(self.schedule.log_snr(at))
-        (alpha, sigma), (inner_alpha, inner_sigma) = coefficients(self.schedule, at, z), coefficients(self.denoiser.schedule, inner, z)
-        scale = torch.where(sigma > alpha, inner_sigma / sigma, inner_alpha / alpha)  # the same number: at either end one of them is 0 / 0
+        (alpha, sigma), (inner_alpha, inner_sigma) = (
+            coefficients(self.schedule, at, z),
+            coefficients(self.denoiser.schedule, inner, z),
+        )
+        scale = torch.where(
+            sigma > alpha, inner_sigma / sigma, inner_alpha / alpha
+        )  # the same number: at either end one of them is 0 / 0
         return self.denoiser(z * cast(scale, z.dtype), inner, cond)
 
 # %% ../../nbs/01_diffusion/05_wrappers.ipynb #5d1d3cd3

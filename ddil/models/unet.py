@@ -13,7 +13,18 @@ import torch
 from torch import nn, Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from ..diffusion.denoiser import coefficients, Cond, Denoiser, FurtherInputs, INPUTS, PREDICTIONS, readable, split_inputs, to_x, with_inputs
+from ddil.diffusion.denoiser import (
+    coefficients,
+    Cond,
+    Denoiser,
+    FurtherInputs,
+    INPUTS,
+    PREDICTIONS,
+    readable,
+    split_inputs,
+    to_x,
+    with_inputs,
+)
 from ..diffusion.schedule import Schedule, Time
 
 # %% auto #0
@@ -23,7 +34,14 @@ __all__ = ['NetworkDenoiser', 'ClassDenoiser', 'TextDenoiser', 'check_labels']
 class NetworkDenoiser(Denoiser):
     """A network that outputs `prediction` (one of PREDICTIONS), told the time as the discrete index `knots` t - 1, and further `inputs` if it takes any."""
 
-    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "v", knots: int = 1000, inputs: Sequence[str] = ()):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "v",
+        knots: int = 1000,
+        inputs: Sequence[str] = (),
+    ):
         super().__init__(schedule)
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
@@ -31,7 +49,9 @@ class NetworkDenoiser(Denoiser):
             raise ValueError(f"unknown inputs {', '.join(sorted(unknown))}; known are {', '.join(INPUTS)}")
         self.network, self.prediction, self.knots, self.inputs = network, prediction, knots, tuple(inputs)
         self.further = FurtherInputs(inputs, network.time_embedding.linear_2.out_features) if inputs else None
-        self._first = next(network.parameters(), None),  # in a tuple, so that it is not registered twice; diffusers' own dtype walks the whole network
+        self._first = (
+            next(network.parameters(), None),
+        )  # in a tuple, so that it is not registered twice; diffusers' own dtype walks the whole network
 
     def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
         index = t * self.knots - 1
@@ -45,7 +65,9 @@ class NetworkDenoiser(Denoiser):
     def _embedding(self, values: dict[str, Tensor]) -> Tensor | None:
         missing, strange = set(self.inputs) - set(values), {"guidance_scale"} & set(values) - set(self.inputs)
         if missing or strange:
-            raise ValueError(f"this denoiser takes the inputs {list(self.inputs)}, and the condition has {sorted(values)}: see with_inputs, and Denoiser.taking for students that take more")
+            raise ValueError(
+                f"this denoiser takes the inputs {list(self.inputs)}, and the condition has {sorted(values)}: see with_inputs, and Denoiser.taking for students that take more"
+            )
         return None if self.further is None else self.further(values)
 
     def taking(self, *names: str) -> NetworkDenoiser:
@@ -86,7 +108,9 @@ def _adding(network: nn.Module, extra: Tensor | None) -> Iterator[None]:
     if extra is None:
         yield
         return
-    handle = network.time_embedding.register_forward_hook(lambda module, arguments, output: output + extra.to(output.dtype))
+    handle = network.time_embedding.register_forward_hook(
+        lambda module, arguments, output: output + extra.to(output.dtype)
+    )
     try:
         yield
     finally:
@@ -97,7 +121,15 @@ class ClassDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DModel`, or a network called like one; cond: (n,) integer labels in [0, num_classes], where num_classes is the null label,
     or None if it has no classes. `patch`: side of the square of pixels that the network sees as channels of one (1: pixels as they are)."""
 
-    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "v", knots: int = 1000, patch: int = 1, inputs: Sequence[str] = ()):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "v",
+        knots: int = 1000,
+        patch: int = 1,
+        inputs: Sequence[str] = (),
+    ):
         super().__init__(network, schedule, prediction, knots, inputs)
         self.patch = patch
 
@@ -127,8 +159,16 @@ class TextDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DConditionModel`; cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds
     ("text_embeds", "time_ids"). For guidance: `null_embedding`, (tokens, width), and SDXL's pooled `null_text_embeds`, (width,), of no prompt."""
 
-    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "eps", null_embedding: Tensor | None = None, knots: int = 1000, inputs: Sequence[str] = (),
-                 null_text_embeds: Tensor | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "eps",
+        null_embedding: Tensor | None = None,
+        knots: int = 1000,
+        inputs: Sequence[str] = (),
+        null_text_embeds: Tensor | None = None,
+    ):
         super().__init__(network, schedule, prediction, knots, inputs)
         self.register_buffer("null_embedding", null_embedding)
         self.register_buffer("null_text_embeds", null_text_embeds)
@@ -138,7 +178,9 @@ class TextDenoiser(NetworkDenoiser):
         parts = cond if isinstance(cond, dict) else {"embeddings": cond}
         parts = {key: value.to(z.dtype) for key, value in parts.items()}
         embeddings = parts.pop("embeddings")
-        return self.network(z, index, encoder_hidden_states=embeddings, added_cond_kwargs=parts or None, return_dict=False)[0]
+        return self.network(
+            z, index, encoder_hidden_states=embeddings, added_cond_kwargs=parts or None, return_dict=False
+        )[0]
 
     def check_condition(self, cond: Cond, n: int) -> None:
         plain = split_inputs(cond)[0]
@@ -154,7 +196,11 @@ class TextDenoiser(NetworkDenoiser):
         like = plain["embeddings"] if pooled else plain
         null = self.null_embedding.to(like.dtype).expand(len(like), -1, -1)
         if pooled:  # size and crop are no part of the prompt: they stay
-            null = {**plain, "embeddings": null, "text_embeds": self.null_text_embeds.to(like.dtype).expand(len(like), -1)}
+            null = {
+                **plain,
+                "embeddings": null,
+                "text_embeds": self.null_text_embeds.to(like.dtype).expand(len(like), -1),
+            }
         return with_inputs(null, **further) if further else null
 
 # %% ../../nbs/07_models/01_unet.ipynb #2230283e
@@ -168,4 +214,6 @@ def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
         got = f"{cond.dtype} of shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
         raise ValueError(f"the condition must be {n} integer labels, not {got}")
     if readable(cond) and (cond.min() < 0 or cond.max() > num_classes):
-        raise ValueError(f"labels must be in [0, {num_classes}] ({num_classes} means no condition), not from {cond.min()} to {cond.max()}")
+        raise ValueError(
+            f"labels must be in [0, {num_classes}] ({num_classes} means no condition), not from {cond.min()} to {cond.max()}"
+        )

@@ -30,11 +30,34 @@ from ddil.solvers.steps import (
 from .stochastic import ancestral, consistency, ctm, renoise, tcd
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #14ba30cb
-_all_ = ["AnalyticFirstStep", "Memory", "Solver", "walk", "renoise", "ddim_update", "euler_update", "noise_estimate", "estimate", "ddim", "heun", "dpm_solver_2", "dpm_solver_pp_2s",
-         "dpm_solver_pp_2m", "dpm_solver_pp_3m", "adams_bashforth", "rk4", "ancestral", "consistency", "ctm", "tcd"]
+_all_ = [
+    "AnalyticFirstStep",
+    "Memory",
+    "Solver",
+    "walk",
+    "renoise",
+    "ddim_update",
+    "euler_update",
+    "noise_estimate",
+    "estimate",
+    "ddim",
+    "heun",
+    "dpm_solver_2",
+    "dpm_solver_pp_2s",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_3m",
+    "adams_bashforth",
+    "rk4",
+    "ancestral",
+    "consistency",
+    "ctm",
+    "tcd",
+]
 
-ODE_SOLVERS: dict[str, Solver] = {solver.__name__: solver for solver in
-                                  (ddim, heun, dpm_solver_2, dpm_solver_pp_2s, dpm_solver_pp_2m, dpm_solver_pp_3m, adams_bashforth, rk4)}
+ODE_SOLVERS: dict[str, Solver] = {
+    solver.__name__: solver
+    for solver in (ddim, heun, dpm_solver_2, dpm_solver_pp_2s, dpm_solver_pp_2m, dpm_solver_pp_3m, adams_bashforth, rk4)
+}
 STOCHASTIC_SOLVERS: dict[str, Solver] = {solver.__name__: solver for solver in (ancestral, consistency, ctm, tcd)}
 SOLVERS: dict[str, Solver] = {**ODE_SOLVERS, **STOCHASTIC_SOLVERS}
 
@@ -45,7 +68,10 @@ def solver_by_name(name: str, **options: float | bool | str) -> Solver:
         raise ValueError(f"unknown solver {name!r}; known are {', '.join(SOLVERS)}")
     known = list(inspect.signature(SOLVERS[name]).parameters)[6:]
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; " + (f"its options are {', '.join(known)}" if known else "it has none"))
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}; "
+            + (f"its options are {', '.join(known)}" if known else "it has none")
+        )
     return partial(SOLVERS[name], **options) if options else SOLVERS[name]
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #17af69ea
@@ -74,9 +100,13 @@ def sample(
     denoiser.check_condition(cond, len(ids))
     before, begin = innermost(denoiser).evaluations, perf_counter()
     with torch.inference_mode():
-        parts = _batches(denoiser, list(ids), tuple(shape), check_grid(grid), cond, solver, seed, batch_size, trajectory, progress)
+        parts = _batches(
+            denoiser, list(ids), tuple(shape), check_grid(grid), cond, solver, seed, batch_size, trajectory, progress
+        )
     if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise ValueError("samples are not finite at the end of the walk: the weights hold NaN, or the solver diverged on this grid (try ddim, or more steps)")
+        raise ValueError(
+            "samples are not finite at the end of the walk: the weights hold NaN, or the solver diverged on this grid (try ddim, or more steps)"
+        )
     if report is not None:
         made = innermost(denoiser).evaluations - before
         report.update(evaluations=made, NFE=made / len(ids), seconds=perf_counter() - begin)
@@ -89,8 +119,18 @@ def _keyed_noise(ids: Sequence[int], seed: int) -> Callable[[Tensor], Tensor]:
     return lambda like: sample_noise(ids, like.shape[1:], seed, next(draws)).to(like)
 
 
-def _batches(denoiser: Denoiser, ids: list[int], shape: tuple[int, ...], grid: Tensor, cond: Cond, solver: Solver, seed: int, batch_size: int,
-             trajectory: bool, progress: bool) -> list[Tensor]:
+def _batches(
+    denoiser: Denoiser,
+    ids: list[int],
+    shape: tuple[int, ...],
+    grid: Tensor,
+    cond: Cond,
+    solver: Solver,
+    seed: int,
+    batch_size: int,
+    trajectory: bool,
+    progress: bool,
+) -> list[Tensor]:
     """The samples, or trajectories, of each batch."""
     parts, scale = [], denoiser.schedule.prior_scale(grid[0].item())
     for start in tqdm(range(0, len(ids), batch_size), "sampling", disable=not progress):

@@ -34,7 +34,9 @@ def listening(denoiser: Denoiser) -> Iterator[list[Tensor]]:
     if middle is None:
         yield heard
         return
-    handle = middle.register_forward_hook(lambda module, inputs, output: heard.append(output.mean(1).flatten(1).detach().float()))
+    handle = middle.register_forward_hook(
+        lambda module, inputs, output: heard.append(output.mean(1).flatten(1).detach().float())
+    )
     try:
         yield heard
     finally:
@@ -44,7 +46,14 @@ def listening(denoiser: Denoiser) -> Iterator[list[Tensor]]:
 class _Answered(Wrapper):
     """A denoiser that knows the answer at one state already, and is told another time where the time is `at`."""
 
-    def __init__(self, denoiser: Denoiser, z: Tensor | None, x_hat: Tensor | None, at: Time | None = None, told: Time | None = None):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        z: Tensor | None,
+        x_hat: Tensor | None,
+        at: Time | None = None,
+        told: Time | None = None,
+    ):
         super().__init__(denoiser)
         self.z, self.x_hat, self.at, self.told = z, x_hat, at, told
 
@@ -61,16 +70,31 @@ class AMED(nn.Module):
     """A learned solver step, called like every solver. `features`: positions of the bottleneck (0: none); `base`: name of the solver that it plugs into, or None
     for the AMED-Solver; `scale_direction`, `scale_time`: how far c and a may stray from 1 (0: not at all). `provenance`: how it was trained, plain values."""
 
-    def __init__(self, features: int = 0, base: str | None = None, scale_direction: float = 0.01, scale_time: float = 0.0, width: int = 128):
+    def __init__(
+        self,
+        features: int = 0,
+        base: str | None = None,
+        scale_direction: float = 0.01,
+        scale_time: float = 0.0,
+        width: int = 128,
+    ):
         super().__init__()
         if base is not None and base not in ODE_SOLVERS:
             raise ValueError(f"AMED plugs into a deterministic solver, one of {', '.join(ODE_SOLVERS)}, not {base!r}")
         if not (0 <= scale_direction < 1 and 0 <= scale_time < 1):
             raise ValueError(f"scale_direction and scale_time are in [0, 1), not {scale_direction}, {scale_time}")
-        self.options = {"features": features, "base": base, "scale_direction": scale_direction, "scale_time": scale_time, "width": width}
+        self.options = {
+            "features": features,
+            "base": base,
+            "scale_direction": scale_direction,
+            "scale_time": scale_time,
+            "width": width,
+        }
         self.provenance: dict = {}
         self.time_embedding = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
-        self.feature_embedding = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, 4)) if features else None
+        self.feature_embedding = (
+            nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, 4)) if features else None
+        )
         heads = {"r": True, "direction": scale_direction > 0, "time": scale_time > 0}
         self.heads = nn.ModuleDict({name: nn.Linear(20, 1) for name, wanted in heads.items() if wanted})
         for head in self.heads.values():
@@ -79,11 +103,16 @@ class AMED(nn.Module):
 
     def _embed_time(self, sigma: Time, n: int) -> Tensor:
         weight = self.time_embedding[0].weight
-        log = torch.as_tensor(sigma, dtype=torch.float64, device=weight.device).clamp(1e-4, 1e4).log().flatten().expand(n) / 4
+        log = (
+            torch.as_tensor(sigma, dtype=torch.float64, device=weight.device).clamp(1e-4, 1e4).log().flatten().expand(n)
+            / 4
+        )
         angles = log[:, None] * 2.0 ** torch.arange(4, device=weight.device, dtype=torch.float64)
         return self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1).to(weight.dtype))
 
-    def predict(self, features: Tensor | None, sigma_t: Time, sigma_s: Time, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(
+        self, features: Tensor | None, sigma_t: Time, sigma_s: Time, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """r, c and a for each row, float64, shaped to multiply `like`."""
         n = len(like)
         seen = torch.zeros(n, 4, device=like.device)
@@ -91,29 +120,39 @@ class AMED(nn.Module):
             seen = self.feature_embedding(features[:n])
         joined = torch.cat([self._embed_time(sigma_t, n), self._embed_time(sigma_s, n), seen], 1)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        half = {name: head(joined).double().sigmoid().view(shape) for name, head in self.heads.items()}  # in (0, 1), 1/2 at first
+        half = {
+            name: head(joined).double().sigmoid().view(shape) for name, head in self.heads.items()
+        }  # in (0, 1), 1/2 at first
         stray = lambda name, scale: 1 + scale * (2 * half[name] - 1) if name in half else torch.ones_like(half["r"])
         return half["r"], stray("direction", self.options["scale_direction"]), stray("time", self.options["scale_time"])
 
-    def forward(self, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None
+    ) -> Tensor:
         base, finite = ODE_SOLVERS[self.options["base"] or "ddim"], finite_ends(denoiser, t, s, z)
         if finite is False:
             return base(denoiser, z, t, s, cond, memory)
         with listening(denoiser) as heard:
             x_hat = denoiser(z, t, cond)
-        r, c, a = self.predict(heard[0] if heard else None, sigma_over_alpha(denoiser, t, z), sigma_over_alpha(denoiser, s, z), z)
+        r, c, a = self.predict(
+            heard[0] if heard else None, sigma_over_alpha(denoiser, t, z), sigma_over_alpha(denoiser, s, z), z
+        )
         middle = between(denoiser, t, s, r, z)
         told = time_of(denoiser.schedule, sigma_over_alpha(denoiser, middle, z) * a) if "time" in self.heads else None
         step = self._solver_step if self.options["base"] is None else self._plugin_step
         end = step(_Answered(denoiser, z, x_hat, middle, told), z, t, middle, s, c, cond, memory or Memory(remaining=2))
         return choose(finite, end, lambda: ddim_update(denoiser, z, x_hat, t, s))
 
-    def _solver_step(self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory) -> Tensor:
+    def _solver_step(
+        self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory
+    ) -> Tensor:
         z_middle = ddim(denoiser, z, t, middle, cond)
         slope = noise_estimate(denoiser, z_middle, denoiser(z_middle, middle, cond), middle)
         return euler_update(denoiser, z, slope * cast(c, z.dtype), t, s)
 
-    def _plugin_step(self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory) -> Tensor:
+    def _plugin_step(
+        self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory
+    ) -> Tensor:
         """Two steps of the base solver, which remembers both: its count of steps is twice ours."""
         base, remaining, steps = ODE_SOLVERS[self.options["base"]], memory.remaining, memory.steps
         memory.steps, memory.remaining = 2 * steps, 2 * remaining
@@ -131,7 +170,9 @@ def insert_nodes(grid: Tensor, inserted: int) -> Tensor:
     return torch.cat([(grid[:-1, None] + parts * grid.diff()[:, None]).flatten(), grid[-1:]])
 
 
-def _teacher_states(denoiser: Denoiser, z: Tensor, grid: Tensor, inserted: int, base: str | None, cond: Cond) -> list[Tensor]:
+def _teacher_states(
+    denoiser: Denoiser, z: Tensor, grid: Tensor, inserted: int, base: str | None, cond: Cond
+) -> list[Tensor]:
     """Where the teacher is at the nodes of `grid` after the first."""
     with torch.no_grad():
         fine = list(walk(denoiser, z, insert_nodes(grid, inserted), cond, solver_by_name(base or "heun")))
@@ -175,25 +216,49 @@ def train_amed(
         log.append(_train_batch(amed, optimiser, denoiser, *draw(k), grid, inserted))
     losses = torch.stack(log).tolist()
     if not all(math.isfinite(loss) for step in losses for loss in step):
-        raise ValueError(f"the loss of AMED is not finite on the grid {grid.tolist()}: a lower learning rate, or a grid with a smaller noise at its start")
-    amed.provenance = {"solver": "AMED", **amed.options, "grid": grid.tolist(), "samples": len(losses) * batch, "batch": batch, "learning rate": learning_rate, "inserted": inserted,
-                       "seed": seed, "seconds": round(perf_counter() - begin, 2), "evaluations": innermost(denoiser).evaluations - before,
-                       "loss at first": losses[0], "loss at last": losses[-1]}
+        raise ValueError(
+            f"the loss of AMED is not finite on the grid {grid.tolist()}: a lower learning rate, or a grid with a smaller noise at its start"
+        )
+    amed.provenance = {
+        "solver": "AMED",
+        **amed.options,
+        "grid": grid.tolist(),
+        "samples": len(losses) * batch,
+        "batch": batch,
+        "learning rate": learning_rate,
+        "inserted": inserted,
+        "seed": seed,
+        "seconds": round(perf_counter() - begin, 2),
+        "evaluations": innermost(denoiser).evaluations - before,
+        "loss at first": losses[0],
+        "loss at last": losses[-1],
+    }
     return amed.requires_grad_(False)
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #7fffe644
-def _start(denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], conditions: Callable[[Tensor], Cond] | None, ids: range, seed: int) -> tuple[Tensor, Cond]:
+def _start(
+    denoiser: Denoiser,
+    grid: Tensor,
+    shape: tuple[int, ...],
+    conditions: Callable[[Tensor], Cond] | None,
+    ids: range,
+    seed: int,
+) -> tuple[Tensor, Cond]:
     """Noise at the start of the grid, and conditions, that belong to the ids."""
     z = sample_noise(ids, shape, seed, 1 << 40).to(denoiser.device) * denoiser.schedule.prior_scale(grid[0].item())
     picks = torch.from_numpy(generator(seed, "amed conditions", ids.start).integers(1 << 31, size=len(ids)))
     return z, None if conditions is None else map_cond(lambda c: c.to(denoiser.device), conditions(picks))
 
 
-def _train_batch(amed: AMED, optimiser: torch.optim.Optimizer, denoiser: Denoiser, z: Tensor, cond: Cond, grid: Tensor, inserted: int) -> Tensor:
+def _train_batch(
+    amed: AMED, optimiser: torch.optim.Optimizer, denoiser: Denoiser, z: Tensor, cond: Cond, grid: Tensor, inserted: int
+) -> Tensor:
     """One walk, one optimiser step at each of its steps. Returns the loss of each."""
     stops, losses, parameters = grid.tolist(), [], list(amed.parameters())
     memory = Memory(remaining=len(stops) - 1, steps=len(stops) - 1)
-    for (t, s), target in zip(pairwise(stops), _teacher_states(denoiser, z, grid, inserted, amed.options["base"], cond)):
+    for (t, s), target in zip(
+        pairwise(stops), _teacher_states(denoiser, z, grid, inserted, amed.options["base"], cond)
+    ):
         reached = amed(denoiser, z, t, s, cond, memory)
         loss = ((reached - target) / coefficients(denoiser.schedule, s, z)[0]).square().sum() / len(z)
         if loss.requires_grad:  # not where the step has no point inside
@@ -202,6 +267,8 @@ def _train_batch(amed: AMED, optimiser: torch.optim.Optimizer, denoiser: Denoise
             optimiser.step()
         losses.append(loss.detach())
         memory.remaining -= 1
-        memory.history = [(u.detach() if isinstance(u, Tensor) else u, estimate.detach()) for u, estimate in memory.history]
+        memory.history = [
+            (u.detach() if isinstance(u, Tensor) else u, estimate.detach()) for u, estimate in memory.history
+        ]
         z = reached.detach() if amed.options["base"] in _MULTISTEP else target
     return torch.stack(losses)

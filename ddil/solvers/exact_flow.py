@@ -29,11 +29,16 @@ def flow(denoiser: Denoiser, z: Tensor, t: float, s: float, cond: Cond = None, t
     The step sizes are common to the batch. A network that computes in float32 cannot reach tolerances under 1e-5. Raises ValueError if the integration fails, or from t = 0.
     """
     if t <= 0:
-        raise ValueError("the flow cannot start at t = 0, where all noise is gone: start it at a small time such as 1e-3")
+        raise ValueError(
+            "the flow cannot start at t = 0, where all noise is gone: start it at a small time such as 1e-3"
+        )
     if not bool(torch.isfinite(z).all()):
         raise ValueError("the state that the flow starts from is not finite: look at what it was made with")
     first, last = (min(max(sigma_over_alpha(denoiser, u, z), _RANGE[0]), _RANGE[1]) for u in (t, s))
-    begin, end = (u if sigma_over_alpha(denoiser, u, z) == ratio else time_of(denoiser.schedule, ratio) for u, ratio in ((t, first), (s, last)))
+    begin, end = (
+        u if sigma_over_alpha(denoiser, u, z) == ratio else time_of(denoiser.schedule, ratio)
+        for u, ratio in ((t, first), (s, last))
+    )
     with torch.inference_mode():
         if begin != t:
             z = ddim(denoiser, z, t, begin, cond)
@@ -42,8 +47,11 @@ def flow(denoiser: Denoiser, z: Tensor, t: float, s: float, cond: Cond = None, t
     return z.clone()
 
 # %% ../../nbs/02_solvers/05_exact_flow.ipynb #8525d1ca
-def _integrate(denoiser: Denoiser, z: Tensor, first: float, last: float, begin: float, end: float, cond: Cond, tolerance: float) -> Tensor:
+def _integrate(
+    denoiser: Denoiser, z: Tensor, first: float, last: float, begin: float, end: float, cond: Cond, tolerance: float
+) -> Tensor:
     """From sigma / alpha = `first`, at time `begin`, to `last`, at `end`."""
+
     def states(w: np.ndarray, ratio: float, time: float) -> Tensor:
         scale = math.sqrt(1 + ratio**2) * coefficients(denoiser.schedule, time, z)[0]
         return torch.from_numpy(w * scale).view(z.shape).to(z)
@@ -55,9 +63,13 @@ def _integrate(denoiser: Denoiser, z: Tensor, first: float, last: float, begin: 
         return (w - math.sqrt(1 + ratio**2) * x_hat) / (1 + ratio**2)
 
     w = z.double().cpu().numpy().ravel() / (math.sqrt(1 + first**2) * coefficients(denoiser.schedule, begin, z)[0])
-    solution = solve_ivp(slope, (math.log(first), math.log(last)), w, "DOP853", rtol=tolerance, atol=tolerance, t_eval=[math.log(last)])
+    solution = solve_ivp(
+        slope, (math.log(first), math.log(last)), w, "DOP853", rtol=tolerance, atol=tolerance, t_eval=[math.log(last)]
+    )
     if not solution.success or not np.isfinite(solution.y).all():
-        raise ValueError(f"the adaptive integration from t = {begin:.4g} to {end:.4g} failed ({solution.message}): a larger tolerance, or finite weights")
+        raise ValueError(
+            f"the adaptive integration from t = {begin:.4g} to {end:.4g} failed ({solution.message}): a larger tolerance, or finite weights"
+        )
     return states(solution.y[:, -1], last, end)
 
 # %% ../../nbs/02_solvers/05_exact_flow.ipynb #d7476144

@@ -25,7 +25,9 @@ from .steps import sigma_over_alpha
 METRICS = ("deviation", "l2", "l1")
 
 
-def _known_walk(denoiser: Denoiser, z: Tensor, stops: Sequence[float], cond: Cond, solver: Solver) -> tuple[Tensor, Tensor]:
+def _known_walk(
+    denoiser: Denoiser, z: Tensor, stops: Sequence[float], cond: Cond, solver: Solver
+) -> tuple[Tensor, Tensor]:
     """The states z / alpha at all nodes, (N + 1, n, d), and the slopes at all but the last, (N, n, d); one evaluation a node for a solver that makes one."""
     memory, states, slopes = Memory(remaining=len(stops) - 1, steps=len(stops) - 1), [z], []
     for t, s in pairwise(stops):
@@ -105,19 +107,31 @@ def trajectory_costs(
         raise ValueError(f"the cost of a jump is one of {', '.join(METRICS)}, not {metric!r}")
     sigmas = torch.tensor([sigma_over_alpha(denoiser, t, torch.empty(1)) for t in stops], dtype=torch.float64)
     if not bool(torch.isfinite(sigmas).all()):
-        raise ValueError("the fine grid starts without signal, where a jump's length is infinite: start it at a finite sigma / alpha, for example with karras_grid")
+        raise ValueError(
+            "the fine grid starts without signal, where a jump's length is infinite: start it at a finite sigma / alpha, for example with karras_grid"
+        )
     total = 0.0
     with torch.inference_mode():
         for begin in tqdm(range(0, trajectories, batch_size), "trajectories", disable=not progress):
             ids = range(begin, min(begin + batch_size, trajectories))
             z = sample_noise(ids, shape, seed, 1 << 41).to(denoiser.device) * denoiser.schedule.prior_scale(stops[0])
             part = map_cond(lambda c: c[ids.start : ids.stop].to(denoiser.device), cond)
-            total = total + jump_costs(*_known_walk(denoiser, z, stops, part, solver), sigmas.to(z.device), metric) * (len(ids) / trajectories)
+            total = total + jump_costs(*_known_walk(denoiser, z, stops, part, solver), sigmas.to(z.device), metric) * (
+                len(ids) / trajectories
+            )
     return total
 
 # %% ../../nbs/02_solvers/07_gits.ipynb #8be01f1a
 def search_grid(
-    denoiser: Denoiser, shape: Sequence[int], steps: int, fine: Tensor, cond: Cond = None, *, coefficient: float = 1.15, costs: Tensor | None = None, **options: Any
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    steps: int,
+    fine: Tensor,
+    cond: Cond = None,
+    *,
+    coefficient: float = 1.15,
+    costs: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """The `steps` + 1 of the `fine` grid's times, its ends included, at which few steps should stop (Chen et al. 2024).
 

@@ -31,10 +31,14 @@ def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
 # %% ../../nbs/02_solvers/02_multistep.ipynb #6ff0babe
 def _check_steps(memory: Memory | None, order: int) -> None:
     if memory is not None and 0 < memory.steps < order:
-        raise ValueError(f"a multistep solver of order {order} needs a grid of at least {order} steps, not {memory.steps}: take more steps or a lower order")
+        raise ValueError(
+            f"a multistep solver of order {order} needs a grid of at least {order} steps, not {memory.steps}: take more steps or a lower order"
+        )
 
 
-def _recall(memory: Memory | None, t: Time, estimate: Tensor, order: int, lower_order_final: bool, remember: bool = True) -> list[tuple[Time, Tensor]]:
+def _recall(
+    memory: Memory | None, t: Time, estimate: Tensor, order: int, lower_order_final: bool, remember: bool = True
+) -> list[tuple[Time, Tensor]]:
     """This and the last estimates, newest first: at most `order`, fewer at the start and, by the lower-order-final rule, towards the end."""
     memory = memory or Memory()
     known = [(t, estimate), *memory.history]
@@ -54,7 +58,11 @@ def _weights_at(places: Sequence[Time], weights_of: Callable[[Sequence[Time]], l
 # %% ../../nbs/02_solvers/02_multistep.ipynb #cdb16bfe
 def _weighted(weights: Sequence[Time], known: Sequence[tuple[Time, Tensor]]) -> Tensor:
     """The weighted sum of remembered estimates."""
-    total = known[0][1] * cast(weights[0], known[0][1].dtype) if len(known) == 1 else combine(weights[0], known[0][1], weights[1], known[1][1])
+    total = (
+        known[0][1] * cast(weights[0], known[0][1].dtype)
+        if len(known) == 1
+        else combine(weights[0], known[0][1], weights[1], known[1][1])
+    )
     for weight, (_, estimate) in zip(weights[2:], known[2:]):
         total = combine(1.0, total, weight, estimate)
     return total
@@ -64,7 +72,14 @@ _EQUAL_STEPS = [lagrange_integrals([-float(i) for i in range(order)]) for order 
 
 
 def adams_bashforth(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, order: int = 4, variable_steps: bool = True
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    order: int = 4,
+    variable_steps: bool = True,
 ) -> Tensor:
     """Explicit Adams-Bashforth in sigma / alpha, order 1 to 4, one evaluation. `variable_steps` False: the weights of equal steps on any grid (iPNDM)."""
     if order not in (1, 2, 3, 4):
@@ -75,13 +90,20 @@ def adams_bashforth(
     if here is math.inf:
         return ddim_update(denoiser, z, x_hat, t, s)
     known = _recall(memory, t, noise_estimate(denoiser, z, x_hat, t), order, False)
-    places, step = [here, *(sigma_over_alpha(denoiser, u, z) for u, _ in known[1:])], sigma_over_alpha(denoiser, s, z) - here
+    places, step = (
+        [here, *(sigma_over_alpha(denoiser, u, z) for u, _ in known[1:])],
+        sigma_over_alpha(denoiser, s, z) - here,
+    )
     if variable_steps:
         weights = _weights_at(places, lambda places: lagrange_integrals([(place - here) / step for place in places]))
     else:
         weights = _weights_at(places, lambda places: _EQUAL_STEPS[len(places) - 1])
     result = euler_update(denoiser, z, _weighted(weights, known), t, s)
-    return choose(torch.isfinite(here), result, lambda: ddim_update(denoiser, z, x_hat, t, s)) if isinstance(here, Tensor) else result
+    return (
+        choose(torch.isfinite(here), result, lambda: ddim_update(denoiser, z, x_hat, t, s))
+        if isinstance(here, Tensor)
+        else result
+    )
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #70c168fc
 def _half_log_snr(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
@@ -107,19 +129,34 @@ def _polynomial_weights(h: Time, lambdas: Sequence[Time], exact_integral: bool) 
     phi_1 = _expm1(h)
     phi_2 = phi_1 / h - 1
     phi_3 = phi_2 / h - 0.5
-    first, second = phi_2 / phi_1, (2 if exact_integral else 1) * phi_3 / phi_1  # of the slope at t and of the second difference
+    first, second = (
+        phi_2 / phi_1,
+        (2 if exact_integral else 1) * phi_3 / phi_1,
+    )  # of the slope at t and of the second difference
     both = (first * r_0 + second) / (r_0 + r_1)
     return [1 + (first + both) / r_0, -(first + both) / r_0 - both / r_1, both / r_1]
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #61ec463a
-def _multistep(order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, memory: Memory | None, lower_order_final: bool, prediction: str,
-               exact_integral: bool = False) -> Tensor:
+def _multistep(
+    order: int,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond,
+    memory: Memory | None,
+    lower_order_final: bool,
+    prediction: str,
+    exact_integral: bool = False,
+) -> Tensor:
     """DPM-Solver++, or DPM-Solver where `prediction` is "noise", of up to `order` remembered estimates."""
     if prediction not in ("data", "noise"):
         raise ValueError(f"prediction must be 'data' or 'noise', not {prediction!r}")
     _check_steps(memory, order)
     x_hat = denoiser(z, t, cond)
-    update, sign, estimate = (ddim_update, -1, x_hat) if prediction == "data" else (euler_update, 1, noise_estimate(denoiser, z, x_hat, t))
+    update, sign, estimate = (
+        (ddim_update, -1, x_hat) if prediction == "data" else (euler_update, 1, noise_estimate(denoiser, z, x_hat, t))
+    )
     here = _half_log_snr(denoiser, t, z)
     known = _recall(memory, t, estimate, order, lower_order_final, isinstance(here, Tensor) or math.isfinite(here))
     finite = finite_ends(denoiser, t, s, z)
@@ -128,18 +165,34 @@ def _multistep(order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond
     lambdas = [here, *(_half_log_snr(denoiser, u, z) for u, _ in known[1:])]
     h = sign * (_half_log_snr(denoiser, s, z) - here)
     weights = _weights_at(lambdas, lambda lambdas: _polynomial_weights(h, lambdas, exact_integral))
-    return choose(finite, update(denoiser, z, _weighted(weights, known), t, s), lambda: ddim_update(denoiser, z, x_hat, t, s))
+    return choose(
+        finite, update(denoiser, z, _weighted(weights, known), t, s), lambda: ddim_update(denoiser, z, x_hat, t, s)
+    )
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #764fa125
 def dpm_solver_pp_2m(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, lower_order_final: bool = True, prediction: str = "data"
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    lower_order_final: bool = True,
+    prediction: str = "data",
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or DPM-Solver with `prediction` "noise". One earlier estimate lives in `memory`; without it the step is DDIM's."""
     return _multistep(2, denoiser, z, t, s, cond, memory, lower_order_final, prediction)
 
 
 def dpm_solver_pp_3m(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, lower_order_final: bool = True, prediction: str = "data",
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    lower_order_final: bool = True,
+    prediction: str = "data",
     exact_integral: bool = False,
 ) -> Tensor:
     """DPM-Solver++(3M) as published, of second order; `exact_integral` weighs the second difference by its integral, which makes the third."""

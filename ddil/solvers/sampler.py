@@ -30,8 +30,15 @@ from .amed import AMED
 __all__ = ['NETWORKS', 'ADAPTERS', 'WRAPPERS', 'describe', 'rebuild', 'Sampler']
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #725a058d
-NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel, "MLP": small_networks.MLP}
-ADAPTERS = {"ClassDenoiser": "ddil.models.unet", "TextDenoiser": "ddil.models.unet"}  # where each is defined, loaded when a folder asks for it
+NETWORKS = {
+    "UNet2DModel": diffusers.UNet2DModel,
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "MLP": small_networks.MLP,
+}
+ADAPTERS = {
+    "ClassDenoiser": "ddil.models.unet",
+    "TextDenoiser": "ddil.models.unet",
+}  # where each is defined, loaded when a folder asks for it
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #d1ffd44a
 def describe(denoiser: Denoiser) -> dict:
@@ -54,25 +61,44 @@ def describe(denoiser: Denoiser) -> dict:
         denoiser = denoiser.denoiser
     network, adapter = type(getattr(base, "network", base)).__name__, getattr(base, "saved_as", type(base).__name__)
     if adapter not in ADAPTERS or network not in NETWORKS:
-        raise ValueError(f"cannot save a {type(base).__name__} of a {network}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}")
+        raise ValueError(
+            f"cannot save a {type(base).__name__} of a {network}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}"
+        )
     options = {"patch": base.patch} if hasattr(base, "patch") else {}
     options |= {"inputs": list(base.inputs)} if base.inputs else {}
-    return {"adapter": adapter, "network": network, "schedule": schedule_to_dict(base.schedule), "prediction": base.prediction,
-            "knots": base.knots, **options, "guidance_distilled": base.guidance_distilled, "wrappers": wrappers}
+    return {
+        "adapter": adapter,
+        "network": network,
+        "schedule": schedule_to_dict(base.schedule),
+        "prediction": base.prediction,
+        "knots": base.knots,
+        **options,
+        "guidance_distilled": base.guidance_distilled,
+        "wrappers": wrappers,
+    }
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #913269ef
-WRAPPERS = {"Guided": Guided, "AnalyticFirstStep": AnalyticFirstStep, "Told": Told, "Rescheduled": lambda denoiser, schedule: Rescheduled(denoiser, schedule_from_dict(schedule)),
-            "Reflected": lambda denoiser, **options: Reflected(denoiser, Threshold(**options))}
+WRAPPERS = {
+    "Guided": Guided,
+    "AnalyticFirstStep": AnalyticFirstStep,
+    "Told": Told,
+    "Rescheduled": lambda denoiser, schedule: Rescheduled(denoiser, schedule_from_dict(schedule)),
+    "Reflected": lambda denoiser, **options: Reflected(denoiser, Threshold(**options)),
+}
 
 
 def rebuild(description: dict, folder: Path) -> Denoiser:
     """The denoiser of a description, with the weights in `folder`. Raises ValueError for what this version does not know."""
     known = dict(description)
     if known.get("adapter") not in ADAPTERS or known.get("network") not in NETWORKS:
-        raise ValueError(f"{folder} holds a {known.get('adapter')} of a {known.get('network')}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}")
+        raise ValueError(
+            f"{folder} holds a {known.get('adapter')} of a {known.get('network')}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}"
+        )
     name, wrappers, distilled = known.pop("adapter"), known.pop("wrappers"), known.pop("guidance_distilled")
     adapter = getattr(import_module(ADAPTERS[name]), name)
-    network = NETWORKS[known.pop("network")].from_pretrained(folder / "network", use_safetensors=True, local_files_only=True)
+    network = NETWORKS[known.pop("network")].from_pretrained(
+        folder / "network", use_safetensors=True, local_files_only=True
+    )
     buffers = read_tensors(folder / "buffers.safetensors") if (folder / "buffers.safetensors").exists() else {}
     denoiser: Denoiser = adapter(network, schedule_from_dict(known.pop("schedule")), **known, **buffers)
     denoiser.guidance_distilled = distilled
@@ -81,7 +107,9 @@ def rebuild(description: dict, folder: Path) -> Denoiser:
     for wrapper in wrappers:
         if wrapper["name"] not in WRAPPERS:
             raise ValueError(f"{folder} holds a {wrapper['name']} wrapper: known are {', '.join(WRAPPERS)}")
-        denoiser = WRAPPERS[wrapper["name"]](denoiser, **{key: value for key, value in wrapper.items() if key != "name"})
+        denoiser = WRAPPERS[wrapper["name"]](
+            denoiser, **{key: value for key, value in wrapper.items() if key != "name"}
+        )
     return denoiser.eval().requires_grad_(False)
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #9e12e579
@@ -116,23 +144,58 @@ class Sampler:
         """The number of steps that it was made for."""
         return len(self.grid) - 1
 
-    def sample(self, ids: Sequence[int], cond: Cond = None, *, steps: int | None = None, force: bool = False, seed: int = 0, batch_size: int = 256,
-               trajectory: bool = False, progress: bool = False, report: dict[str, float] | None = None) -> Tensor:
+    def sample(
+        self,
+        ids: Sequence[int],
+        cond: Cond = None,
+        *,
+        steps: int | None = None,
+        force: bool = False,
+        seed: int = 0,
+        batch_size: int = 256,
+        trajectory: bool = False,
+        progress: bool = False,
+        report: dict[str, float] | None = None,
+    ) -> Tensor:
         """Samples for `ids`, as `ddil.solvers.sample`, which may `report` the evaluations it made. Other `steps` than it was made for are refused unless `force` (then on a uniform grid)."""
         grid = self.grid
         if steps is not None and steps != self.steps:
             if not force:
-                raise ValueError(f"this student was made for {self.steps} steps at t = {[round(t, 4) for t in grid.tolist()]}, not {steps}; force=True samples it anyway")
+                raise ValueError(
+                    f"this student was made for {self.steps} steps at t = {[round(t, 4) for t in grid.tolist()]}, not {steps}; force=True samples it anyway"
+                )
             grid = uniform_grid(steps, grid[0].item(), grid[-1].item())
-        return sample(self.denoiser, ids, self.shape, grid, cond, self.step, seed=seed, batch_size=batch_size, trajectory=trajectory, progress=progress, report=report)
+        return sample(
+            self.denoiser,
+            ids,
+            self.shape,
+            grid,
+            cond,
+            self.step,
+            seed=seed,
+            batch_size=batch_size,
+            trajectory=trajectory,
+            progress=progress,
+            report=report,
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write the sampler to `folder`, replacing what was there only when all is written. Returns the folder."""
         folder, learned = Path(folder), isinstance(self.solver, AMED)
-        solver = {"solver": "amed" if learned else self.solver, "solver_options": self.solver.options if learned else self.solver_options,
-                  "solver_provenance": self.solver.provenance if learned else {}}
-        description = {"ddil": ddil.__version__, "denoiser": describe(self.denoiser), "grid": self.grid.tolist(), "shape": list(self.shape), **solver,
-                       "guidance_scale": self.guidance_scale, "provenance": self.provenance}
+        solver = {
+            "solver": "amed" if learned else self.solver,
+            "solver_options": self.solver.options if learned else self.solver_options,
+            "solver_provenance": self.solver.provenance if learned else {},
+        }
+        description = {
+            "ddil": ddil.__version__,
+            "denoiser": describe(self.denoiser),
+            "grid": self.grid.tolist(),
+            "shape": list(self.shape),
+            **solver,
+            "guidance_scale": self.guidance_scale,
+            "provenance": self.provenance,
+        }
         aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
         base = innermost(self.denoiser)
@@ -156,10 +219,19 @@ class Sampler:
         try:
             denoiser = rebuild(description["denoiser"], Path(folder)).to(device)
             solver, options = _solver_from(description, Path(folder), device)
-            return cls(denoiser, torch.tensor(description["grid"], dtype=torch.float64), tuple(description["shape"]), solver,
-                       description["guidance_scale"], description["provenance"], options)
+            return cls(
+                denoiser,
+                torch.tensor(description["grid"], dtype=torch.float64),
+                tuple(description["shape"]),
+                solver,
+                description["guidance_scale"],
+                description["provenance"],
+                options,
+            )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder} cannot be read by ddil {ddil.__version__} (it was written by {description.get('ddil')}): {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{folder} cannot be read by ddil {ddil.__version__} (it was written by {description.get('ddil')}): {type(error).__name__}: {error}"
+            ) from error
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #e3327a48
 def _solver_from(description: dict, folder: Path, device: str | torch.device) -> tuple[str | AMED, dict]:

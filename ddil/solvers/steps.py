@@ -40,14 +40,20 @@ Solver = Callable[..., Tensor]
 # %% ../../nbs/02_solvers/01_steps.ipynb #e6da0d85
 def ddim_update(denoiser: Denoiser, z: Tensor, x_hat: Tensor, t: Time, s: Time) -> Tensor:
     """The DDIM step for a known clean estimate: z_s from z_t. Times are floats, or one per sample."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(denoiser.schedule, t, z), coefficients(denoiser.schedule, s, z)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        coefficients(denoiser.schedule, t, z),
+        coefficients(denoiser.schedule, s, z),
+    )
     keep = sigma_s / sigma_t
     return combine(keep, z, alpha_s - keep * alpha_t, x_hat)
 
 
 def euler_update(denoiser: Denoiser, z: Tensor, eps_hat: Tensor, t: Time, s: Time) -> Tensor:
     """The same step for a known noise estimate, which is the slope of the ODE; needs signal at `t`. Goes both ways: s may be noisier than t."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(denoiser.schedule, t, z), coefficients(denoiser.schedule, s, z)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        coefficients(denoiser.schedule, t, z),
+        coefficients(denoiser.schedule, s, z),
+    )
     keep = alpha_s / alpha_t
     return combine(keep, z, sigma_s - keep * sigma_t, eps_hat)
 
@@ -71,7 +77,14 @@ def ddim(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, mem
     return ddim_update(denoiser, z, estimate(denoiser, z, t, s, cond), t, s)
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #632e9c8f
-def walk(denoiser: Denoiser, z: Tensor, grid: Tensor, cond: Cond = None, solver: Solver = ddim, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Iterator[Tensor]:
+def walk(
+    denoiser: Denoiser,
+    z: Tensor,
+    grid: Tensor,
+    cond: Cond = None,
+    solver: Solver = ddim,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Iterator[Tensor]:
     """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0]. Raises ValueError for a grid that does not fall, a state that is not finite."""
     stops = check_grid(grid).tolist()
     if not bool(torch.isfinite(z).all()):
@@ -103,7 +116,11 @@ def sigma_over_alpha(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
 # %% ../../nbs/02_solvers/01_steps.ipynb #333770bf
 @lru_cache(maxsize=4096)
 def _time_of(schedule: Schedule, sigma_over_alpha: float) -> float:
-    return schedule.time(torch.tensor(-2 * math.log(sigma_over_alpha), dtype=torch.float64)).item() if sigma_over_alpha > 0 else 0.0
+    return (
+        schedule.time(torch.tensor(-2 * math.log(sigma_over_alpha), dtype=torch.float64)).item()
+        if sigma_over_alpha > 0
+        else 0.0
+    )
 
 
 def time_of(schedule: Schedule, sigma_over_alpha: Time) -> Time:
@@ -118,7 +135,9 @@ def between(denoiser: Denoiser, t: Time, s: Time, r: Time, like: Tensor) -> Time
     """The time a fraction `r` of the way from t to s in log-SNR: its sigma / alpha is that of t to the 1 - r times that of s to the r."""
     here, there = sigma_over_alpha(denoiser, t, like), sigma_over_alpha(denoiser, s, like)
     middle = here ** (1 - r) * there**r
-    return time_of(denoiser.schedule, torch.where(torch.isfinite(middle), middle, here) if isinstance(middle, Tensor) else middle)
+    return time_of(
+        denoiser.schedule, torch.where(torch.isfinite(middle), middle, here) if isinstance(middle, Tensor) else middle
+    )
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #49251c1a
 def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
@@ -131,12 +150,16 @@ def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, mem
     return choose(finite, torch.lerp(there, euler_update(denoiser, z, slope_there, t, s), 0.5), lambda: there)
 
 
-def dpm_solver_2(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5) -> Tensor:
+def dpm_solver_2(
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5
+) -> Tensor:
     """DPM-Solver-2, single step, two evaluations, the second a fraction `r` of the way in log-SNR (Lu et al. 2022, algorithm 1 generalised)."""
     return _single_step(denoiser, z, t, s, cond, r, "noise")
 
 
-def dpm_solver_pp_2s(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5) -> Tensor:
+def dpm_solver_pp_2s(
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5
+) -> Tensor:
     """DPM-Solver++(2S): the same, extrapolating the clean estimate (Lu et al. 2022b, algorithm 1)."""
     return _single_step(denoiser, z, t, s, cond, r, "data")
 
@@ -152,7 +175,11 @@ def _single_step(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, r:
     there = ddim_update(denoiser, z, x_hat, t, middle)
     estimate, update, estimate_there = x_hat, ddim_update, denoiser(there, middle, cond)
     if prediction == "noise":
-        estimate, update, estimate_there = noise_estimate(denoiser, z, x_hat, t), euler_update, noise_estimate(denoiser, there, estimate_there, middle)
+        estimate, update, estimate_there = (
+            noise_estimate(denoiser, z, x_hat, t),
+            euler_update,
+            noise_estimate(denoiser, there, estimate_there, middle),
+        )
     return choose(finite, update(denoiser, z, torch.lerp(estimate, estimate_there, 1 / (2 * r)), t, s), end)
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #4bb303be
