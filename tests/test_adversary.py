@@ -91,7 +91,7 @@ def learnt(run: Trainer) -> dict[str, Tensor]:
     """All that training moves: the networks, their optimisers' moments, and the average."""
     weights = {f"{name}.{key}": value.clone() for name, module in run.networks.items() for key, value in module.state_dict().items()}
     moments = {f"{name} {i} {key}": value.clone() for name, one in run.optimizers.items() for i, p in enumerate(one.param_groups[0]["params"]) for key, value in one.state[p].items()}
-    return {**weights, **moments, **{f"average {name}": value.clone() for name, value in run.average.tensors().items()}}
+    return {**weights, **moments, **{f"average {name}": value.clone() for name, value in run.average.tensors.items()}}
 
 
 # Resuming, and parts

@@ -27,7 +27,6 @@ from ddil.rollins.ddil import ddil_rollin
 from ddil.training.parallel import kept
 from ddil.files import read_tensors, write_tensors
 from ddil.training.launch import VARIABLES, launch
-from ddil.methods.base import Follower
 from ddil.methods.consistency import Consistency, Edges
 from ddil.methods.progressive import Progressive
 from ddil.diffusion.noise import Shard
@@ -62,14 +61,14 @@ def trainer(folder: Path | None = None, method: str = "progressive", frozen: boo
     data = TensorData(torch.randn(64, 4, 8, 8, generator=rng), torch.randn(64, 3, 8, generator=rng))
     walks = {"solver": consistency} if method == "consistency" else {}
     rollin = ddil_rollin(student, teacher, data, (4, 8, 8), settings, collected=(0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25, shard=shard, **walks)  # little reuse: each process also collects single rows
-    ask = Progressive(teacher) if method == "progressive" else Consistency(teacher, Edges([1.0, 0.0]), Follower(student, 0.5), "huber")
+    ask = Progressive(teacher) if method == "progressive" else Consistency(teacher, Edges([1.0, 0.0]), 0.5, "huber")
     return Trainer(student, ask, rollin, settings, folder, accelerator, progress)
 
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """Raw, averaged and following weights, and the optimiser's state, whole (all processes ask)."""
     live = {"student": kept(run.student), "finished": run.finished().state_dict(), "optimiser": run.distribution.optimizer_tensors(run.optimizers["student"], run._parameters["student"])}
-    live |= {name: kept(follower.network, run.student) for name, follower in run.method.followers.items()}
+    live |= {name: kept(follower.network, run.student) for name, follower in run.followers.items()}
     return {f"{part} {name}": run.distribution.gathered(value) for part, tensors in live.items() for name, value in tensors.items()}
 
 

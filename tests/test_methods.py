@@ -21,7 +21,7 @@ from ddil.models.unet import ClassDenoiser
 from ddil.rollins.ddil import ddil_rollin
 from ddil.diffusion.exact import GaussianMixture
 from ddil.files import read_tensors, write_tensors
-from ddil.methods.base import Denoising, Follower, Method
+from ddil.methods.base import Denoising, Method
 from ddil.methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
 from ddil.methods.ctm import CTM
 from ddil.methods.progressive import Progressive
@@ -64,7 +64,7 @@ def exact() -> GaussianMixture:
 def judged(teacher: Teacher, student: Denoiser) -> Method:
     """CTM with its adversary."""
     torch.manual_seed(1)
-    return CTM(teacher, Follower(student, 0.9), longest=3, discriminator=Judge(), adversary_from=4)
+    return CTM(teacher, 0.9, longest=3, discriminator=Judge(), adversary_from=4)
 
 
 # name: (further inputs of the student, how far labels look, what is asked, whether states without data will do)
@@ -73,11 +73,11 @@ METHODS: dict[str, tuple[tuple[str, ...], int, Callable[[Teacher, Denoiser], Met
     "regression": ((), 4, lambda teacher, student: Regression(teacher, "l1"), True),
     "progressive": ((), 4, lambda teacher, student: Progressive(teacher), True),
     "guidance": ((), 4, lambda teacher, student: GuidanceDistillation(teacher.denoiser), True),
-    "consistency": ((), 1, lambda teacher, student: Consistency(teacher, Edges([1.0, GRID[-1].item()]), Follower(student, 0.9)), True),
+    "consistency": ((), 1, lambda teacher, student: Consistency(teacher, Edges([1.0, GRID[-1].item()]), 0.9), True),
     "segments": ((), 2, lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid)), True),
-    "trajectory": ((), 1, lambda teacher, student: Consistency(teacher, Anywhere(GRID), Follower(student, 0.9)), True),
+    "trajectory": ((), 1, lambda teacher, student: Consistency(teacher, Anywhere(GRID), 0.9), True),
     "consistency training": ((), 1, lambda teacher, student: ConsistencyTraining(student.schedule, Edges([1.0, GRID[-1].item()])), False),
-    "CTM": (("end",), 1, lambda teacher, student: CTM(teacher, Follower(student, 0.9), longest=3), True),
+    "CTM": (("end",), 1, lambda teacher, student: CTM(teacher, 0.9, longest=3), True),
     "CTM with adversary": (("end",), 1, judged, False),
     "there and back": ((), 1, lambda teacher, student: BiDirectional(teacher, teacher.student_grid, network()), True),
 }
@@ -104,9 +104,9 @@ def trainer(name: str, rollin: str, folder: Path | None = None, progress: Callab
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """All that training moves: the networks, what follows them, and the average."""
-    modules = {**run.networks, **{f"follower {name}": follower.network for name, follower in run.method.followers.items()}}
+    modules = {**run.networks, **{f"follower {name}": follower.network for name, follower in run.followers.items()}}
     weights = {f"{name}.{key}": value.clone() for name, module in modules.items() for key, value in module.state_dict().items()}
-    return weights | {f"average.{name}": value.clone() for name, value in zip(run.average.names, run.average.values)}
+    return weights | {f"average.{name}": value.clone() for name, value in run.average.tensors.items()}
 
 
 POSSIBLE = [(name, rollin) for name, (_, look, _, without) in METHODS.items() for rollin in ("forward", "DDIL", "walk") if (rollin == "forward" or without) and (rollin != "walk" or look == 4)]
@@ -128,7 +128,7 @@ def test_it_trains_and_resumes(name: str, rollin: str, tmp_path: Path) -> None:
     moved = {key.split(".")[0] for key in end if not torch.equal(end[key], begin[key])}
     assert moved == {key.split(".")[0] for key in end}, f"only {moved} have learnt"
     assert all(value.isfinite().all() for value in end.values())
-    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *(set(whole.method.networks) - {"discriminator"})}
+    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *whole.followers, *(set(whole.method.networks) - {"discriminator"})}
     with contextlib.suppress(KeyboardInterrupt):
         trainer(name, rollin, tmp_path / "halves", stopping).fit()
     again = trainer(name, rollin, tmp_path / "halves")
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_question_is_refused(edges: list[float], decay: 
 
     def run(edges: list[float], decay: float) -> Trainer:
         student, method, states = build("consistency", "forward")
-        method = Consistency(method.teacher, Edges(edges), Follower(student, decay))
+        method = Consistency(method.teacher, Edges(edges), decay)
         return Trainer(student, method, states, replace(SETTINGS, updates=2, checkpoint_every=2), tmp_path)
 
     run([1.0, 0.01], 0.9).fit()

@@ -35,7 +35,7 @@ from ..distil.problem import digits_problem, Problem
 from ..distil.stages import Recipe
 from ..rollins.ddil import ddil_rollin
 from ..files import write_text
-from ..methods.base import Follower, Method
+from ..methods.base import Method
 from ..methods.consistency import Anywhere, BiDirectional, Consistency, Edges
 from ..methods.ctm import CTM
 from ..methods.fakes import Critic, RealSamples, judged
@@ -200,7 +200,7 @@ class Call:
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #bee859fa
 def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
-    """The calls that one update makes of the networks of the student, of the denoisers that the method asks and of its other ones, in order."""
+    """The calls that one update makes of the networks of the student, of those that learn beside it or follow it, and of those that are asked, in order."""
     calls: list[Call] = []
 
     def note(network: nn.Module, args: tuple, options: dict) -> None:
@@ -208,7 +208,7 @@ def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
         weights = learning and any(p.requires_grad for p in network.parameters())
         calls.append(Call(network, _detached(args), _detached(options), weights, learning and args[0].requires_grad))
 
-    denoisers = [trainer.student, *trainer.method.networks.values(), *trainer.method.asked.values()]
+    denoisers = [*trainer.networks.values(), *(follower.network for follower in trainer.followers.values()), *trainer.method.asked.values()]
     networks = {id(network): network for network in (innermost(one).network for one in denoisers if isinstance(one, Denoiser))}
     hooks = [network.register_forward_pre_hook(note, with_kwargs=True) for network in networks.values()]
     trainer.update(step)
@@ -258,10 +258,10 @@ def against_calls(method: str, name: str, trainer: Trainer, rounds: int) -> list
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #9ea4e5f3
 TRAJECTORY: dict[str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]] = {  # name: further inputs of the student, and what it is asked
-    "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), Follower(student, 0.95))),
+    "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), 0.95)),
     "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
-    "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), Follower(student, 0.95))),
-    "CTM": (("end",), lambda teacher, student: CTM(teacher, Follower(student, 0.95), longest=1, denoising=0.0)),
+    "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), 0.95)),
+    "CTM": (("end",), lambda teacher, student: CTM(teacher, 0.95, longest=1, denoising=0.0)),
     "there and back": ((), lambda teacher, student: BiDirectional(teacher, teacher.student_grid, copy.deepcopy(student))),
 }
 

@@ -112,9 +112,10 @@ def prepare(plan: Plan, made: Pieces) -> None:
 def loss_and_gradients(plan: Plan, made: Pieces, states: States, device: str = "cpu") -> None:
     """One update but for the optimisers' steps: each turn's loss and gradients, which are let go before the next."""
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
+    networks = {**made.learners, **{name: made.student for name in made.method.followers}}
     for turn in made.method.turns(0):
         with torch.autocast(device, kind or torch.bfloat16, enabled=kind is not None):
-            loss, _ = turn.loss(made.learners, states)
+            loss, _ = turn.loss(networks, states)
         loss.backward()
         for network in made.learners.values():
             network.zero_grad(set_to_none=True)
@@ -157,7 +158,7 @@ def memory(plan: Plan, made: Pieces, peak: int, shapes: Shapes) -> dict[str, int
     learns = {name: _bytes(network, True) for name, network in made.learners.items()}
     world, trained, largest = plan.processes * plan.nodes, sum(learns.values()), max(learns.values())
     half = 2 if plan.precision == "bf16" else 1
-    followers = sum(_bytes(follower.network, None) for follower in made.method.followers.values())
+    followers = len(made.method.followers) * _bytes(made.student)
     sharded = world if plan.distribution == "fsdp2" else 1
     state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // (world if plan.distribution in ("fsdp2", "zero2") else 1)
     update = peak - (largest - largest // world if world > 1 and plan.distribution in ("fsdp2", "zero2") else 0)

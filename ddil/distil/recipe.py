@@ -27,7 +27,7 @@ from ..diffusion.wrappers import Guided, innermost, Reflected, Threshold
 from ..models.unet import TextDenoiser
 from ..rollins.ddil import ddil_rollin
 from ..words import did_you_mean, progress
-from ..methods.base import Follower, Method
+from ..methods.base import Method
 from ..methods.consistency import Consistency, Edges
 from ..methods.fakes import Critic, Head, Judged, RealSamples
 from ..methods.matching import DistributionMatching
@@ -274,7 +274,7 @@ def _progressive(plan, learner, label, data, shape, settings, shard) -> tuple[Ro
 
 
 def _consistency(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
-    target = Follower(learner, 0.95) if plan.adapters == "full" else None
+    target = 0.95 if plan.adapters == "full" else None
     return _states(plan, learner, label, data, shape, settings, shard, "consistency"), Consistency(label, Edges([1.0, 0.0]), target, "huber"), "consistency"
 
 

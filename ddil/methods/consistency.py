@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.denoiser import Cond, Denoiser, readable
-from .base import Distance, Follower, Method, Turn, bare, check_distance, distance_between, jump
+from .base import Distance, Method, Turn, bare, check_distance, distance_between, jump
 from ..diffusion.grids import check_grid
 from ..diffusion.schedule import Schedule
 from ..solvers import ddim_update
@@ -61,27 +61,27 @@ class Anywhere:
 class Consistency(Method):
     """The student's jump from (z, t) must arrive where the target network's jump from the teacher's next state does.
 
-    `destination`: `Edges` or `Anywhere`; `target`: a Follower of the student, or None for the student itself without gradient.
+    `destination`: `Edges` or `Anywhere`; `target`: the decay of the average of the student that is jumped with, or None for the student itself without gradient.
     Without a `teacher` (None) a subclass says what the later point is.
-    Song et al. 2023 (one edge at the end, Follower of decay 0.95); with skipping steps and "huber" LCM (Luo et al. 2023); with edges Heek et al. 2024; Anywhere Zheng et al. 2024.
+    Song et al. 2023 (one edge at the end, decay 0.95); with skipping steps and "huber" LCM (Luo et al. 2023); with edges Heek et al. 2024; Anywhere Zheng et al. 2024.
     """
 
-    def __init__(self, teacher: Teacher | None, destination: Edges | Anywhere, target: Follower | None = None, distance: Distance = "huber"):
-        self.teacher, self.destination, self.target, self.distance = teacher, destination, target, check_distance(distance)
+    def __init__(self, teacher: Teacher | None, destination: Edges | Anywhere, target: float | None = None, distance: Distance = "huber"):
+        self.teacher, self.destination, self.distance = teacher, destination, check_distance(distance)
         self.followers = {} if target is None else {"target": target}
-        self.asked = ({} if teacher is None else {"teacher": teacher.denoiser}) | ({} if target is None else {"target": target.network})
+        self.asked = {} if teacher is None else {"teacher": teacher.denoiser}
         self.ends = str(destination)
 
     def step(self, states: States) -> Tensor:
         """(n, …): the later point of the same path, at states.s."""
         return self.teacher.label(states)
 
-    def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, student: nn.Module, states: States, target: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         later, end = self.step(states), self.destination(states.t, states.s)
         with torch.no_grad():
-            target = jump_to(bare(student) if self.target is None else self.target.network, later, states.s, end, states.cond)
+            goal = jump_to(bare(student) if target is None else target, later, states.s, end, states.cond)
         arrival = jump_to(student, states.z, states.t, end, states.cond)
-        return distance_between(self.distance, arrival, target).mean(), {"squared error of arrival": (arrival.detach() - target).square().mean()}
+        return distance_between(self.distance, arrival, goal).mean(), {"squared error of arrival": (arrival.detach() - goal).square().mean()}
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #78424e48
 def jump_to(student: nn.Module, z: Tensor, t: Tensor, end: Tensor, cond: Cond = None) -> Tensor:
@@ -95,7 +95,7 @@ def jump_to(student: nn.Module, z: Tensor, t: Tensor, end: Tensor, cond: Cond = 
 class ConsistencyTraining(Consistency):
     """Consistency without a teacher: the later point lies on the line to the clean data of a forward state (Song et al. 2023, algorithm 3)."""
 
-    def __init__(self, schedule: Schedule, destination: Edges | Anywhere, target: Follower | None = None, distance: Distance = "norm_huber"):
+    def __init__(self, schedule: Schedule, destination: Edges | Anywhere, target: float | None = None, distance: Distance = "norm_huber"):
         super().__init__(None, destination, target, distance)
         self.line = Denoiser(schedule)  # never asked: the estimate is the data
 

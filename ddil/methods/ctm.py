@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.denoiser import map_cond, with_inputs
 from .adversary import adversarial_loss_by_name
-from .base import Distance, Follower, Method, Turn, bare, check_distance, distance_between, weighted_error, weighting_by_name
+from .base import Distance, Method, Turn, bare, check_distance, distance_between, weighted_error, weighting_by_name
 from .consistency import Anywhere, jump_to
 from ..rollins.states import States
 from ..rollins.teacher import Teacher
@@ -20,27 +20,26 @@ from ..rollins.teacher import Teacher
 class CTM(Method):
     """Consistency trajectory (Kim et al. 2023, algorithm 1). The student takes the input "end".
 
-    `teacher` looks `look` steps ahead where a state carries no label, else the label's; `target`: a Follower of the student. `longest`: the teacher walks 1 to `longest` of its looks, the same number for a batch.
+    `teacher` looks `look` steps ahead where a state carries no label, else the label's; `target`: the decay of the student's average, the target network. `longest`: the teacher walks 1 to `longest` of its looks, the same number for a batch.
     `denoising`: weight of that term ("adaptive": by the gradients of the student's last layer), which needs states with data and is left out elsewhere.
     `discriminator`: a network that gives numbers for samples (high: real), trained by the hinge loss from update `adversary_from` on.
     """
 
-    def __init__(self, teacher: Teacher, target: Follower, distance: Distance = "huber", longest: int = 8, denoising: float | str = "adaptive", weighting: str = "snr_plus_one",
+    def __init__(self, teacher: Teacher, target: float, distance: Distance = "huber", longest: int = 8, denoising: float | str = "adaptive", weighting: str = "snr_plus_one",
                  discriminator: nn.Module | None = None, adversary_from: int = 0):
-        if "end" not in target.network.inputs:
-            raise ValueError("the student must take the end of its step as an input: student = denoiser.taking('end')")
         if longest < 1 or not (denoising == "adaptive" or (isinstance(denoising, (int, float)) and denoising >= 0)):
             raise ValueError(f"longest must be at least 1 and denoising a weight or 'adaptive', not {longest} and {denoising!r}")
-        self.teacher, self.target, self.distance, self.longest, self.denoising, self.weighting = teacher, target, check_distance(distance), longest, denoising, weighting
+        self.teacher, self.distance, self.longest, self.denoising, self.weighting = teacher, check_distance(distance), longest, denoising, weighting
         self._weight, self._anywhere, self.adversary_from = weighting_by_name(weighting), Anywhere(teacher.grid.cpu()), adversary_from
         self._adversarial = adversarial_loss_by_name("hinge")
-        self.followers, self.asked = {"target": target}, {"teacher": teacher.denoiser, "target": target.network}
+        self.followers, self.asked = {"target": target}, {"teacher": teacher.denoiser}
         self.networks = {} if discriminator is None else {"discriminator": discriminator}
 
     def turns(self, step: int) -> list[Turn]:
         adversary = bool(self.networks) and step >= self.adversary_from
-        learner = Turn("student", lambda networks, states: self.student_loss(networks["student"], states, networks["discriminator"] if adversary else None))
-        return [learner, Turn("discriminator", self.discriminator_loss)] if adversary else [learner]
+        judge = lambda networks: networks["discriminator"] if adversary else None
+        student = Turn("student", lambda networks, states: self.student_loss(networks["student"], states, networks["target"], judge(networks)))
+        return [student, Turn("discriminator", self.discriminator_loss)] if adversary else [student]
 
     def later(self, states: States) -> tuple[Tensor, Tensor]:
         """The point further down the same path and its time: 1 to `longest` looks of the teacher, drawn for each row, as far as the grid goes; a label that is known is used for one look."""
@@ -57,16 +56,18 @@ class CTM(Method):
             z, walked = z.index_copy(0, rows, self.teacher.label(here)), walked.index_add(0, rows, torch.ones_like(rows))
         return z, grid[place + looks * look]
 
-    def soft_consistency(self, student: nn.Module, states: States) -> Tensor:
-        """(n,): the distance of the two arrivals, both carried on to the clean end by the target network."""
+    def soft_consistency(self, student: nn.Module, states: States, target: nn.Module) -> Tensor:
+        """(n,): the distance of the two arrivals, both carried on to the clean end by the target network. Raises ValueError for a student that is not told its end."""
+        if "end" not in bare(student).inputs:
+            raise ValueError("the student must take the end of its step as an input: student = denoiser.taking('end')")
         later, u = self.later(states)
-        s, target, end = self._anywhere(states.t, u), self.target.network, torch.zeros_like(states.t)
+        s, end = self._anywhere(states.t, u), torch.zeros_like(states.t)
         with torch.no_grad():
             goal = jump_to(target, jump_to(bare(student), later, u, s, states.cond), s, end, states.cond)
         return distance_between(self.distance, jump_to(target, jump_to(student, states.z, states.t, s, states.cond), s, end, states.cond), goal)
 
-    def student_loss(self, student: nn.Module, states: States, discriminator: nn.Module | None) -> tuple[Tensor, dict[str, Tensor]]:
-        consistency = self.soft_consistency(student, states).mean()
+    def student_loss(self, student: nn.Module, states: States, target: nn.Module, discriminator: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        consistency = self.soft_consistency(student, states, target).mean()
         loss, logs = consistency, {"consistency": consistency}
         if states.x is not None and self.denoising != 0:
             x_hat = student(states.z, states.t, with_inputs(states.cond, end=states.t))

@@ -6,29 +6,35 @@
 from __future__ import annotations
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
-from ..methods.base import local
-from .parallel import as_part, trained
+from .parallel import local
 
 # %% auto #0
-__all__ = ['Average']
+__all__ = ['Follower']
 
 # %% ../../nbs/06_training/02_average.ipynb #e8865078
-class Average:
-    """Exponential moving average of the trainable parameters of `module`, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
+class Follower:
+    """An average of the weights of `student` that learn. After every update each moves a share 1 - decay of the way
+    towards the student's, decay in [0, 1).
 
-    def __init__(self, module: nn.Module, decay: float):
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.decay, self.names, self._whole = decay, list(trained), list(trained.values())
-        self._trained = [local(p) for p in self._whole]
-        self.values = [p.clone() for p in self._trained]
+    `network`: a copy of the student, placed as it is, whose weights are to be the average, so that it can be asked;
+    without one the average is tensors alone. `early`: use the smaller decay (1 + n) / (10 + n) after update n while it is
+    smaller, so that a young average forgets the initial weights. Raises ValueError for another decay.
+    """
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averages, by the names of the parameters."""
-        return {name: as_part(value, whole) for name, value, whole in zip(self.names, self.values, self._whole)}
+    def __init__(self, student: nn.Module, decay: float, network: nn.Module | None = None, early: bool = False):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {decay}")
+        self.decay, self.network, self.early = decay, network, early
+        learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        own = {} if network is None else dict(network.named_parameters())
+        self.tensors: dict[str, Tensor] = {name: own.get(name, p.detach().clone()) for name, p in learning.items()}
+        self._mine = [local(value) for value in self.tensors.values()]
+        self._theirs = [local(p) for p in learning.values()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, self._trained, 1 - decay)
+        """Move after update `step` (0 is the first)."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.early else self.decay
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)

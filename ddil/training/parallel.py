@@ -22,11 +22,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor, DTensor
 
 from ..diffusion.denoiser import Denoiser
-from ..methods.base import local
 
 # %% auto #0
-__all__ = ['trained', 'kept', 'as_part', 'fill', 'fill_all', 'form_of', 'Replicated', 'networks_of', 'asks_apart', 'shard',
-           'Sharded', 'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
+__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'Replicated', 'networks_of', 'asks_apart',
+           'shard', 'Sharded', 'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
 
 # %% ../../nbs/06_training/05_parallel.ipynb #a21bc242
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -40,6 +39,12 @@ def kept(network: nn.Module, learner: nn.Module | None = None) -> dict[str, Tens
     return {name: value for name, value in network.state_dict().items() if name not in frozen}
 
 # %% ../../nbs/06_training/05_parallel.ipynb #4d2a283f
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor, in the same memory; all of it if it is not shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def as_part(part: Tensor, like: Tensor) -> Tensor:
     """The shared tensor of which this is the local part, shared as `like` is; the part itself if that is not."""
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()) if isinstance(like, DTensor) else part

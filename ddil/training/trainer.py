@@ -30,7 +30,7 @@ from ..diffusion.wrappers import innermost
 from ..files import read_tensors, seal, unseal, write_tensors, write_text
 from ..methods.base import Method, Turn
 from ..rollins.states import RollIn
-from .average import Average
+from .average import Follower
 from .best import Watch
 from .parallel import distribution_of, fill_all, form_of, kept, make_accelerator, trained
 from .settings import checkpoint_gradients, make_optimizer, Settings
@@ -76,11 +76,12 @@ class Trainer:
         self.distribution.check(self.networks, rollin, settings.optimizer)
         self._form = form_of(student)
         self._place()
-        self.average = None if settings.ema is None else Average(student, settings.ema)
+        self.average = None if settings.ema is None else Follower(student, settings.ema, early=True)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []  # the lines of the log so far
         self._pending: list[dict[str, Tensor]] = []
-        self._counted = {name: innermost(network) for name, network in {**self.networks, **method.asked}.items() if isinstance(network, Denoiser)}
+        targets = {name: follower.network for name, follower in self.followers.items()}
+        self._counted = {name: innermost(network) for name, network in {**self.networks, **method.asked, **targets}.items() if isinstance(network, Denoiser)}
         self._evaluations = {name: -denoiser.evaluations for name, denoiser in self._counted.items()}
         if self.folder is not None:
             self._resume()
@@ -89,15 +90,18 @@ class Trainer:
 
     def _place(self) -> None:
         """Networks and optimisers on the devices: `prepared` are what losses call, `networks` what is inside."""
+        targets = {name: self._with({key: value.clone() for key, value in self.student.state_dict().items()}) for name in self.method.followers}
         self.prepared, self.optimizers = {}, {}
         for name, network in self.networks.items():
             if self.settings.gradient_checkpointing and isinstance(network, Denoiser):
                 checkpoint_gradients(network)
             make = lambda parameters: make_optimizer(self.settings, parameters, f"{name}, a {type(network).__name__},")
             self.prepared[name], self.optimizers[name] = self.distribution.place(network, make)
-        for follower in self.method.followers.values():
-            self.distribution.place_follower(follower.network)
-            follower.follow(self.student)
+        for name, target in targets.items():
+            target.evaluations = 0
+            self.distribution.place_follower(target)
+        self.followers = {name: Follower(self.student, self.method.followers[name], target) for name, target in targets.items()}
+        self.prepared |= targets
         self._parameters = {name: trained(network) for name, network in self.networks.items()}
 
     @property
@@ -127,8 +131,8 @@ class Trainer:
             raise RuntimeError(f"another run is training in {self.folder}: wait for it, stop it, or use another folder") from None
 
     def _fit(self) -> Trainer:
-        for network in self.prepared.values():
-            network.train()
+        for name in self.networks:
+            self.prepared[name].train()
         clock, done = time.perf_counter(), self.seconds
         for step in self.progress(range(self.step, self.settings.updates)):
             self.update(step)
@@ -153,8 +157,8 @@ class Trainer:
             logs |= self._take(turn, states, step)
         if self.average is not None:
             self.average.update(step)
-        for follower in self.method.followers.values():
-            follower.update()
+        for follower in self.followers.values():
+            follower.update(step)
         self._pending.append(logs)
 
     def _take(self, turn: Turn, states, step: int) -> dict[str, Tensor]:
@@ -223,7 +227,7 @@ class Trainer:
 
     def finished(self) -> Denoiser:
         """A copy of the student, whole on every process (all must ask), in evaluation mode, with the averaged weights if an average is kept (raw weights: trainer.student)."""
-        tensors = self.student.state_dict() | ({} if self.average is None else self.average.tensors())
+        tensors = self.student.state_dict() | ({} if self.average is None else self.average.tensors)
         return self._with({name: self.distribution.gathered(value).clone() for name, value in tensors.items()})
 
     def best(self) -> Denoiser:
@@ -244,8 +248,8 @@ class Trainer:
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """All that training moves, by file, in memory shared with the networks."""
         weights = {f"network-{name}": kept(network) for name, network in self.networks.items()}
-        weights |= {f"follower-{name}": kept(follower.network, self.student) for name, follower in self.method.followers.items()}
-        return weights if self.average is None else weights | {"average": self.average.tensors()}
+        weights |= {f"follower-{name}": kept(follower.network, self.student) for name, follower in self.followers.items()}
+        return weights if self.average is None else weights | {"average": self.average.tensors}
 
     def _save(self) -> None:
         place = self.folder / "checkpoints" / f"update-{self.step:08d}"
