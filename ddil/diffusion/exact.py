@@ -92,6 +92,10 @@ class GaussianMixture(Denoiser):
             return super().null_condition(cond)
         return torch.full_like(cond, self.num_classes)
 
+    @property
+    def knows_null(self) -> bool:
+        return self.classes is not None
+
     def log_density(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         """(n,): log p_t(z), exact; with a condition, of that class's components at their weights in the whole."""
         return self.log_responsibilities(z, t, cond).logsumexp(1) - self.means.shape[1] / 2 * math.log(2 * math.pi)

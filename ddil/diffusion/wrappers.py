@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from .denoiser import Cond, Denoiser, cast, cat_cond, coefficients, split_inputs, with_inputs
 from .schedule import Schedule, Time, schedule_from_dict, schedule_to_dict
@@ -45,6 +45,21 @@ class Wrapper(Denoiser):
     @property
     def inputs(self) -> tuple[str, ...]:
         return self.denoiser.inputs
+
+    @property
+    def prediction(self) -> str:
+        return self.denoiser.prediction
+
+    @property
+    def narrowest(self) -> str | None:
+        return self.denoiser.narrowest
+
+    @property
+    def knows_null(self) -> bool:
+        return self.denoiser.knows_null
+
+    def named_layers(self) -> dict[str, nn.Module]:
+        return self.denoiser.named_layers()
 
     def check_condition(self, cond: Cond, n: int) -> None:
         self.denoiser.check_condition(cond, n)

@@ -87,20 +87,31 @@ class Shapes:
         """n states at the first node."""
         grid, stops = made.grid.tolist(), made.label.stops
         row = lambda value: torch.full((n,), value, dtype=torch.float64)
-        cond: Cond = {name: torch.zeros(n, *shape) for name, shape in self.cond.items()}
         z = torch.zeros(n, *self.sample)
-        return States(z, row(grid[0]), row(stops[made.label.look]), cond if len(cond) > 1 else cond["embeddings"], np.zeros(n, int), x=z)
+        return States(z, row(grid[0]), row(stops[made.label.look]), self.conditions(n), np.zeros(n, int), x=z)
+
+    def conditions(self, n: int) -> Cond:
+        """n conditions, all zero."""
+        cond = {name: torch.zeros(n, *shape) for name, shape in self.cond.items()}
+        return cond if len(cond) > 1 else cond["embeddings"]
 
     def bytes(self) -> int:
         """Of one state in a replay: z, the label and the condition, in float32."""
         return 4 * (2 * int(np.prod(self.sample)) + sum(int(np.prod(shape)) for shape in self.cond.values()))
 
 
+@dataclass
 class _NoData:
-    """Stands for data that a rehearsal never reads."""
+    """Stands for data of which a rehearsal reads the shapes of conditions alone."""
+
+    shapes: Shapes
 
     def __len__(self) -> int:
         return 1
+
+    def conditions(self, rows: np.ndarray) -> Cond:
+        """Zeros, for as many rows."""
+        return self.shapes.conditions(len(rows))
 
 
 def prepare(plan: Plan, made: Pieces) -> None:
@@ -138,7 +149,7 @@ def rehearsal(plan: Plan, config: dict, shapes: Shapes, steps: tuple[int, int] |
         pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
     base = TextDenoiser(network, DiscreteVP(), "eps", null, null_text_embeds=pooled)
     with _quietly():
-        made = pieces(plan, steps or plan.pairs[0], base, _NoData(), shapes.sample)
+        made = pieces(plan, steps or plan.pairs[0], base, _NoData(shapes), shapes.sample)
         prepare(plan, made)
     live = LiveBytes()
     with mode, _quietly():

@@ -29,7 +29,7 @@ from ..rollins.ddil import ddil_rollin
 from ..words import did_you_mean, progress
 from ..methods.base import Method
 from ..methods.consistency import Consistency, Edges
-from ..methods.fakes import Critic, Head, Judged, RealSamples
+from ..methods.fakes import Critic, judged, RealSamples
 from ..methods.matching import DistributionMatching
 from ..measure.distances import density_coverage
 from ..measure.images import to_bytes
@@ -41,7 +41,7 @@ from ..rollins.rollout import Rollout
 from ..rollins.walk import Walk
 from ..diffusion.grids import trailing_grid
 from ..solvers import sample, solver_by_name
-from ..rollins.states import Data, RollIn
+from ..rollins.states import Data, RollIn, States
 from ..rollins.teacher import Teacher
 from ..datasets.cache import build_cache
 from ..datasets.captions import CaptionedImages, Entry, open_captions
@@ -284,7 +284,7 @@ def _trajectory(plan, learner, label, data, shape, settings, shard) -> tuple[Rol
 
 def _matching(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
     teacher = innermost(label.denoiser)
-    critic = Critic(_fake(plan, teacher, shape, settings.seed), "snr" if teacher.prediction == "eps" else "snr_plus_one")  # "snr": the plain error of eps
+    critic = Critic(_fake(plan, teacher, data, shape, settings.seed), "snr" if teacher.prediction == "eps" else "snr_plus_one")  # "snr": the plain error of eps
     real = RealSamples(data, settings.seed, shard, learner.device)
     method = DistributionMatching(label.denoiser, critic, ratio=plan.ratio, adversary=plan.adversary, data=real)
     if plan.simulates:
@@ -292,7 +292,7 @@ def _matching(plan, learner, label, data, shape, settings, shard) -> tuple[RollI
     return _states(plan, learner, label, data, shape, settings, shard, "consistency", False), method, "consistency"
 
 
-def _fake(plan: Plan, teacher: TextDenoiser, shape: tuple[int, ...], seed: int) -> Denoiser:
+def _fake(plan: Plan, teacher: TextDenoiser, data: Data, shape: tuple[int, ...], seed: int) -> Denoiser:
     """The network that learns the student's score, with a head on its narrowest features if it shall judge."""
     if plan.adapters == "lora":
         fake: TextDenoiser = roles(teacher, plan.rank, ("fake",), plan.alpha, seed=seed)["fake"]
@@ -301,11 +301,9 @@ def _fake(plan: Plan, teacher: TextDenoiser, shape: tuple[int, ...], seed: int) 
     fake.guidance_distilled = False
     if plan.adversary == 0:
         return fake
-    widths = fake.network.config.block_out_channels
-    layer = f"down_blocks.{len(widths) - 1}" if fake.network.mid_block is None else "mid_block"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Judged(fake, Head(widths[-1], shape[-1] // 2 ** (len(widths) - 1)).to(fake.device), layer)
+    cond, one = data.conditions(np.arange(1)), torch.ones(1, dtype=torch.float64, device=fake.device)
+    z, cond = torch.zeros(1, *shape, device=fake.device), map_cond(lambda c: c.to(fake.device), cond)
+    return judged(fake, States(z, one, 0 * one, cond, np.zeros(1, int)), seed=seed)
 
 
 def _states(plan, learner, label, data, shape, settings, shard, solver, labelled=True) -> RollIn:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.wrappers import Guided, innermost
 from .adversary import Features, adversarial_loss_by_name, drift, judgement, pull
-from .base import Method, Networks, Turn, bare, check_guidance, knows_null, weighted_error
+from .base import Method, Players, Turn, bare, check_guidance, weighted_error
 from .fakes import RealSamples, data_for, frozen, noised
 from ..rollins.states import States
 
@@ -41,7 +41,7 @@ class TeacherTerm:
         if weighting not in DISTILLATION_WEIGHTS or not 0 < times[0] <= times[1] <= 1:
             raise ValueError(f"weighting must be one of {', '.join(DISTILLATION_WEIGHTS)}, and times rise within (0, 1], not {weighting!r} and {times}")
         self.teacher, self.weighting, self.times = check_guidance(teacher), weighting, times
-        if weighting == "nfsd" and negative is None and not knows_null(teacher):
+        if weighting == "nfsd" and negative is None and not teacher.knows_null:
             raise ValueError(f"'nfsd' asks the teacher under a negative condition, and {type(innermost(teacher)).__name__} knows not even the null condition: give `negative`, or choose 'sds'")
         self.negative = negative or teacher.null_condition
 
@@ -75,7 +75,7 @@ class AdversarialDistillation(Method):
         self._term, self._loss = TeacherTerm(teacher, weighting, times, negative), adversarial_loss_by_name(adversarial)
         self.weighting, self.low, self.high, self.adversarial = weighting, *times, adversarial
         self.features, self.distillation, self.gamma, self.data, self.decode, self.image = features, distillation, gamma, data, decode or (lambda x: x), image
-        self.networks, self.asked, self.rates = {"discriminator": discriminator}, {"teacher": teacher}, {"discriminator": rate}
+        self.networks, self.experts, self.rates = {"discriminator": discriminator}, {"teacher": teacher}, {"discriminator": rate}
         self._made: list[Tensor] = []  # the student's samples that the judge has yet to see, part by part
         self._drawn = 0                # states of this update for which the judge has seen data
 
@@ -90,13 +90,13 @@ class AdversarialDistillation(Method):
     def blame(self, names: list[str]) -> str:
         return "discriminator" if names[0] == "loss" and "adversary" in names and "contrast" not in names else super().blame(names)
 
-    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """Both terms as gradients at the student's samples, which then go through the student once."""
-        self._check(bare(networks["student"]), states, step)
-        sample = networks["student"](states.z, states.t, states.cond)
+        self._check(bare(players["student"]), states, step)
+        sample = players["student"](states.z, states.t, states.cond)
         x = sample.detach().requires_grad_()
         self._made.append(x.detach())
-        pixels, heads = self.decode(x), bare(networks["discriminator"])
+        pixels, heads = self.decode(x), bare(players["discriminator"])
         with frozen(heads):
             terms = {"adversary": self._loss.student(heads(self.features.features(pixels), states.cond, self._seen(states)))}
         if self.distillation:
@@ -106,9 +106,9 @@ class AdversarialDistillation(Method):
         loss, norms = pull(sample, gradients, sum(terms.values()).detach())
         return loss, {**terms, **norms, **drift(x)}
 
-    def discriminator_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The judge learns from the samples of the student's turn, and as many of data."""
-        x, (real, cond), heads = self._made.pop(0), data_for(states, self.data, step, self._drawn), networks["discriminator"]
+        x, (real, cond), heads = self._made.pop(0), data_for(states, self.data, step, self._drawn), players["discriminator"]
         self._drawn += len(states)
         with torch.no_grad():
             looks = [self.features.features(self.decode(one)) for one in (real, x)]
@@ -129,7 +129,7 @@ class AdversarialDistillation(Method):
         return self.image.features(self.decode(states.x))[-1].mean(1) * (states.t < 1)[:, None]
 
     def _check(self, student: Denoiser, states: States, step: int) -> None:
-        if getattr(innermost(student), "prediction", None) == "eps" and student.schedule.alpha(1.0) == 0:
+        if student.prediction == "eps" and student.schedule.alpha(1.0) == 0:
             raise ValueError("at zero terminal signal the noise says nothing about the sample: a student that predicts 'eps' cannot start there; take one that predicts 'v' or 'x', or zero_terminal_snr=False")
         if states.x is None and self.data is None:
             data_for(states, None, step)  # says what is missing, before anything is computed

@@ -17,11 +17,12 @@ from ..diffusion.wrappers import innermost, Wrapper
 from .adversary import adversarial_loss_by_name
 from .base import Networks, bare, weighted_error, weighting_by_name
 from ..diffusion.noise import Shard, generator
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import Schedule, Time
 from ..rollins.states import Data, States
 
 # %% auto #0
-__all__ = ['noised', 'Delta', 'Known', 'Samples', 'Head', 'Judged', 'judged', 'Critic', 'frozen', 'RealSamples', 'data_for']
+__all__ = ['noised', 'Delta', 'Known', 'Samples', 'Head', 'listening', 'Judged', 'judged', 'Critic', 'frozen', 'RealSamples',
+           'data_for']
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #274ed686
 def noised(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -117,63 +118,75 @@ class Samples(Delta):
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #a6fa5005
 class Head(nn.Module):
-    """One number for each sample (high: data) from activations of a layer, (n, channels, height, width) or (n, channels)."""
+    """One number for each sample (high: data) from what a layer of `channels` says; `side`: of images, (n, channels, side, side).
+
+    Without `side`: vectors, (n, channels), or sequences, (n, positions, channels), whose mean counts.
+    """
 
     def __init__(self, channels: int, side: int | None = None):
         super().__init__()
-        groups = math.gcd(channels, 32)
-        shrink = [] if side is None else [layer for _ in range(int(math.log2(side)) if side > 1 else 0)
-                                          for layer in (nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU())]
-        self.shrink = nn.Sequential(*shrink)
+        self.image, layers = side is not None, []
+        for _ in range(int(math.log2(side)) if side else 0):
+            halve = nn.Conv2d(channels, channels, 4, 2, 1)
+            layers += [halve, nn.GroupNorm(math.gcd(channels, 32), channels), nn.SiLU()]
+        self.shrink = nn.Sequential(*layers)
         self.last = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
 
     def forward(self, activations: Tensor) -> Tensor:
-        seen = self.shrink(activations)
-        return self.last(seen.flatten(2).mean(2) if seen.ndim > 2 else seen)[:, 0]
+        """(n,): the numbers."""
+        if self.image:
+            return self.last(self.shrink(activations).flatten(2).mean(2))[:, 0]
+        return self.last(activations.mean(1) if activations.ndim > 2 else activations)[:, 0]
 
+# %% ../../nbs/04_methods/08_fakes.ipynb #97528f18
+@contextmanager
+def listening(denoiser: Denoiser, layer: str) -> Iterator[list[Tensor]]:
+    """Within it, what `layer` says is added to the list it gives. Raises ValueError, naming the layers, if there is none of that name."""
+    layers, heard = denoiser.named_layers(), []
+    if layer not in layers:
+        outer = [name for name in layers if name and "." not in name]
+        raise ValueError(f"{type(innermost(denoiser)).__name__} has no layer {layer!r}; it has {', '.join(outer)}, and theirs")
+    note = lambda module, inputs, output: heard.append(output[0] if isinstance(output, tuple) else output)
+    handle = layers[layer].register_forward_hook(note)
+    try:
+        yield heard
+    finally:
+        handle.remove()
 
+# %% ../../nbs/04_methods/08_fakes.ipynb #5b0f3a96
 class Judged(Wrapper):
-    """A denoiser whose activations at `layer` (a name within its network) are judged by a `head`."""
+    """A denoiser whose activations at `layer`, one of its `named_layers`, are judged by a `head`."""
 
     def __init__(self, denoiser: Denoiser, head: nn.Module, layer: str):
         super().__init__(denoiser)
         self.head, self.layer = head, layer
 
-    def forward(self, z: Tensor, t: Tensor | float, cond: Cond = None, judged: int = 0) -> Tensor | tuple[Tensor, Tensor]:
-        """The clean estimates of all n states; with `judged` > 0 also the numbers, (judged,), that the head gives to the last of them."""
+    def forward(self, z: Tensor, t: Time, cond: Cond = None, judged: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        """The clean estimates of all n states; with `judged` > 0 also the numbers, (judged,), of the last of them."""
         if not judged:
             return self.denoiser(z, t, cond)
-        seen: list[Tensor] = []
-        with _listening(self.denoiser, self.layer, seen):
+        with listening(self.denoiser, self.layer) as heard:
             x_hat = self.denoiser(z, t, cond)
-        return x_hat, self.head(seen[0][-judged:].to(next(self.head.parameters()).dtype))
+        return x_hat, self.head(heard[0][-judged:].to(next(self.head.parameters()).dtype))
 
-# %% ../../nbs/04_methods/08_fakes.ipynb #97528f18
-@contextmanager
-def _listening(denoiser: Denoiser, layer: str, seen: list[Tensor]) -> Iterator[None]:
-    """Within it, what `layer` says is added to `seen`. Raises ValueError, naming the layers, if there is none of that name."""
-    network = innermost(denoiser).network
-    try:
-        part = network.get_submodule(layer)
-    except AttributeError:
-        raise ValueError(f"{type(network).__name__} has no layer {layer!r}; it has {', '.join(name for name, _ in network.named_children())}") from None
-    handle = part.register_forward_hook(lambda module, arguments, output: seen.append(output[0] if isinstance(output, tuple) else output))
-    try:
-        yield
-    finally:
-        handle.remove()
+# %% ../../nbs/04_methods/08_fakes.ipynb #e41b6c07
+def judged(denoiser: Denoiser, states: States, layer: str | None = None, seed: int | None = None) -> Judged:
+    """The denoiser with a head that fits what a layer (None: its narrowest) says of the first of the `states`.
 
-
-def judged(denoiser: Denoiser, states: States, layer: str | None = None) -> Judged:
-    """The denoiser with a head that fits the activations of `layer` (by default the middle of a U-Net), which one of the `states` shows. Raises ValueError for an unknown layer."""
-    network = innermost(denoiser).network
+    `seed`: of the head's first weights (None: torch's generator as it stands). Raises ValueError for an unknown layer.
+    """
+    layer, counted = layer or denoiser.narrowest, innermost(denoiser).evaluations
     if layer is None:
-        layer = "mid_block" if getattr(network, "mid_block", None) is not None else f"down_blocks.{len(getattr(network, 'down_blocks', [0])) - 1}"
-    one, seen = states[:1], []
-    with torch.no_grad(), _listening(denoiser, layer, seen):
-        denoiser(one.z, one.t, one.cond)
-    innermost(denoiser).evaluations -= 1
-    return Judged(denoiser, Head(seen[0].shape[1], seen[0].shape[-1] if seen[0].ndim == 4 else None).to(denoiser.device), layer)
+        raise ValueError(f"{type(innermost(denoiser)).__name__} does not say which of its layers is narrowest: name one")
+    with torch.no_grad(), listening(denoiser, layer) as heard:
+        denoiser(states.z[:1], states.t[:1], map_cond(lambda c: c[:1], states.cond))
+    innermost(denoiser).evaluations = counted
+    image = heard[0].ndim == 4
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        head = Head(heard[0].shape[1 if image else -1], heard[0].shape[-1] if image else None)
+    return Judged(denoiser, head.to(denoiser.device), layer)
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #df4dd65a
 class Critic(Delta):

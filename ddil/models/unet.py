@@ -84,6 +84,18 @@ class NetworkDenoiser(Denoiser):
         """What the network itself says; index: (n,) float32."""
         raise NotImplementedError
 
+    @property
+    def narrowest(self) -> str | None:
+        """The layer that the network itself names so, or the last on the way down in a U-Net of diffusers."""
+        if getattr(self.network, "mid_block", None) is not None:
+            return "mid_block"
+        down = len(getattr(self.network, "down_blocks", ()))
+        return f"down_blocks.{down - 1}" if down else getattr(self.network, "narrowest", None)
+
+    def named_layers(self) -> dict[str, nn.Module]:
+        """The network's own layers."""
+        return dict(self.network.named_modules())
+
     # What others may not do with the network itself, because some denoisers share theirs (see `ddil.models.adapters`).
 
     shares_network: bool = False
@@ -154,6 +166,10 @@ class ClassDenoiser(NetworkDenoiser):
         null = torch.full_like(plain, self.num_classes)
         return with_inputs(null, **further) if further else null
 
+    @property
+    def knows_null(self) -> bool:
+        return self.num_classes is not None
+
 # %% ../../nbs/07_models/01_unet.ipynb #3d3a7c13
 class TextDenoiser(NetworkDenoiser):
     """A diffusers `UNet2DConditionModel`; cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds
@@ -202,6 +218,10 @@ class TextDenoiser(NetworkDenoiser):
                 "text_embeds": self.null_text_embeds.to(like.dtype).expand(len(like), -1),
             }
         return with_inputs(null, **further) if further else null
+
+    @property
+    def knows_null(self) -> bool:
+        return self.null_embedding is not None
 
 # %% ../../nbs/07_models/01_unet.ipynb #2230283e
 def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
