@@ -22,14 +22,19 @@ class MLP(ModelMixin, ConfigMixin):
         self.sinusoids = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(64, width)
         self.label = None if num_class_embeds is None else nn.Embedding(num_class_embeds, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
 
     @property
     def narrowest(self) -> str:
         """The layer that a judge looks at if none is named: the middle one, as all are equally wide."""
         return f"layers.{len(self.layers) // 2}"
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = False) -> tuple[Tensor]:
+    def forward(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = False
+    ) -> tuple[Tensor]:
         """sample: (n, dim); timestep: (n,); class_labels: (n,) or None; returns a tuple of one (n, dim) tensor."""
         embedding = self.time_embedding(self.sinusoids(timestep).to(sample.dtype))
         if self.label is not None:
@@ -48,8 +53,14 @@ class Classifier(ModelMixin, ConfigMixin):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((1, width), (width, 2 * width), (2 * width, 2 * width)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2) if before > 1 else nn.Identity()]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.25), nn.Linear(2 * width * (size // 4) ** 2, features), nn.ReLU())
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2) if before > 1 else nn.Identity(),
+            ]
+        self.body = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.25), nn.Linear(2 * width * (size // 4) ** 2, features), nn.ReLU()
+        )
         self.head = nn.Linear(features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:

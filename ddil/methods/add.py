@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.wrappers import Guided, innermost
 from .adversary import Features, adversarial_loss_by_name, drift, judgement, pull
-from .base import Method, Players, Turn, bare, check_guidance, weighted_error
+from .base import Method, Networks, Turn, bare, check_guidance, weighted_error
 from .fakes import RealSamples, data_for, frozen, noised
 from ..rollins.states import States
 
@@ -75,7 +75,7 @@ class AdversarialDistillation(Method):
         self._term, self._loss = TeacherTerm(teacher, weighting, times, negative), adversarial_loss_by_name(adversarial)
         self.weighting, self.low, self.high, self.adversarial = weighting, *times, adversarial
         self.features, self.distillation, self.gamma, self.data, self.decode, self.image = features, distillation, gamma, data, decode or (lambda x: x), image
-        self.networks, self.experts, self.rates = {"discriminator": discriminator}, {"teacher": teacher}, {"discriminator": rate}
+        self.networks, self.asked, self.rates = {"discriminator": discriminator}, {"teacher": teacher}, {"discriminator": rate}
         self._made: list[Tensor] = []  # the student's samples that the judge has yet to see, part by part
         self._drawn = 0                # states of this update for which the judge has seen data
 
@@ -90,13 +90,13 @@ class AdversarialDistillation(Method):
     def blame(self, names: list[str]) -> str:
         return "discriminator" if names[0] == "loss" and "adversary" in names and "contrast" not in names else super().blame(names)
 
-    def student_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """Both terms as gradients at the student's samples, which then go through the student once."""
-        self._check(bare(players["student"]), states, step)
-        sample = players["student"](states.z, states.t, states.cond)
+        self._check(bare(networks["student"]), states, step)
+        sample = networks["student"](states.z, states.t, states.cond)
         x = sample.detach().requires_grad_()
         self._made.append(x.detach())
-        pixels, heads = self.decode(x), bare(players["discriminator"])
+        pixels, heads = self.decode(x), bare(networks["discriminator"])
         with frozen(heads):
             terms = {"adversary": self._loss.student(heads(self.features.features(pixels), states.cond, self._seen(states)))}
         if self.distillation:
@@ -106,9 +106,9 @@ class AdversarialDistillation(Method):
         loss, norms = pull(sample, gradients, sum(terms.values()).detach())
         return loss, {**terms, **norms, **drift(x)}
 
-    def discriminator_loss(self, step: int, players: Players, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The judge learns from the samples of the student's turn, and as many of data."""
-        x, (real, cond), heads = self._made.pop(0), data_for(states, self.data, step, self._drawn), players["discriminator"]
+        x, (real, cond), heads = self._made.pop(0), data_for(states, self.data, step, self._drawn), networks["discriminator"]
         self._drawn += len(states)
         with torch.no_grad():
             looks = [self.features.features(self.decode(one)) for one in (real, x)]

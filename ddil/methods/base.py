@@ -5,13 +5,11 @@
 # %% ../../nbs/04_methods/01_base.ipynb #952bb0bf
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn, Tensor
-from torch.distributed.tensor import DTensor
 
 from ..diffusion.denoiser import Cond, Denoiser, with_inputs
 from ..diffusion.schedule import Time
@@ -20,68 +18,43 @@ from ..rollins.states import States
 from ..solvers import ddim_update
 
 # %% auto #0
-__all__ = ['Players', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'local', 'Turn', 'Follower', 'Method', 'weighting_by_name',
-           'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'check_guidance', 'Denoising']
-
-# %% ../../nbs/04_methods/01_base.ipynb #dad5a458
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor, in the same memory; all of it if it is not shared."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+__all__ = ['Networks', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'Turn', 'Method', 'weighting_by_name', 'weighted_error',
+           'distance_between', 'check_distance', 'bare', 'jump', 'check_guidance', 'Denoising']
 
 # %% ../../nbs/04_methods/01_base.ipynb #42b0689b
-Players = dict[str, nn.Module]
-Loss = Callable[[Players, States], tuple[Tensor, dict[str, Tensor]]]
+Networks = dict[str, nn.Module]
+Loss = Callable[[Networks, States], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser step within an update: the player that learns ("student" or one of the method's networks), and the loss it learns from,
-    a function of all players (as the trainer has prepared them for its devices) and of the states."""
+    """One optimiser step within an update: the network that learns ("student" or one of the method's networks), and the loss it learns from,
+    a function of all networks (as the trainer has prepared them for its devices) and of the states."""
 
-    player: str
+    network: str
     loss: Loss
-
-# %% ../../nbs/04_methods/01_base.ipynb #ff67abda
-class Follower:
-    """A copy of `student`, the `network`, whose weights move a share 1 - decay of the way towards the student's after every update (decay in [0, 1))."""
-
-    def __init__(self, student: Denoiser, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {decay}")
-        self.decay, self.network = decay, copy.deepcopy(student).eval().requires_grad_(False)
-        self.network.evaluations = 0
-        self.follow(student)
-
-    def follow(self, student: Denoiser) -> None:
-        """Follow this student's parameters (again, once they have been placed on their devices: sharding puts others into their place)."""
-        self._pairs = [(local(mine), local(theirs)) for mine, theirs in zip(self.network.parameters(), student.parameters()) if theirs.requires_grad]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        mine, theirs = zip(*self._pairs)
-        torch._foreach_lerp_(list(mine), list(theirs), 1 - self.decay)
 
 # %% ../../nbs/04_methods/01_base.ipynb #69601544
 class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
     `networks`: other networks that learn, by name; the trainer gives each an optimiser and saves both. `rates`: their learning rates over the student's (1 if not named).
-    `followers`: averages of the student, by name; the trainer moves and saves them. `experts`: denoisers that are asked but do not learn, by name; their evaluations are counted.
+    `followers`: decays of networks that follow the student, by name; the trainer makes, moves and saves them, and hands them to the losses. `asked`: denoisers that are asked but do not learn, by name; their evaluations are counted.
     """
 
-    networks: Players = {}
+    networks: Networks = {}
     rates: dict[str, float] = {}
-    followers: dict[str, Follower] = {}
-    experts: dict[str, Denoiser] = {}
+    followers: dict[str, float] = {}
+    asked: dict[str, Denoiser] = {}
 
-    def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, student: nn.Module, states: States, **followers: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar to minimise, and scalars to log (tensors: reading them would stall the device)."""
         raise NotImplementedError
 
     def turns(self, step: int) -> list[Turn]:
         """The optimiser steps of update `step`, in order."""
-        return [Turn("student", lambda players, states: self.loss(players["student"], states))]
+        followers = lambda networks: {name: networks[name] for name in self.followers}
+        return [Turn("student", lambda networks, states: self.loss(networks["student"], states, **followers(networks)))]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this process remembers between updates beside networks and followers, as tensors; the trainer saves it."""
@@ -97,7 +70,7 @@ class Method:
     def describe(self) -> dict:
         """What a checkpoint must agree on: the name and the settings that are plain values."""
         plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool)) and not key.startswith("_")}
-        decays = {f"decay of {name}": follower.decay for name, follower in self.followers.items()}
+        decays = {f"decay of {name}": decay for name, decay in self.followers.items()}
         return {"method": type(self).__name__, **plain, **decays}
 
 # %% ../../nbs/04_methods/01_base.ipynb #30e3c7b8
