@@ -2067,8 +2067,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                                                                       'ddil/training/parallel.py')},
             'ddil.training.settings': { 'ddil.training.settings.Settings': ( '06_training/settings.html#settings',
                                                                              'ddil/training/settings.py'),
-                                        'ddil.training.settings.Settings.__post_init__': ( '06_training/settings.html#settings.__post_init__',
-                                                                                           'ddil/training/settings.py'),
                                         'ddil.training.settings.Settings.rate': ( '06_training/settings.html#settings.rate',
                                                                                   'ddil/training/settings.py'),
                                         'ddil.training.settings.checkpoint_gradients': ( '06_training/settings.html#checkpoint_gradients',

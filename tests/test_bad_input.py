@@ -143,8 +143,8 @@ def test_pieces_that_do_not_fit(case: str, arm: str, tmp_path: Path) -> None:
 
 def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
     """A name or a number that a recipe cannot have stops the distillation before a network is asked."""
-    bad: list[tuple[dict[str, Any], str]] = [({"weighting": "snr+1"}, "known are"), ({"reuse": 0.0}, "reuse must be positive"), ({"ema": 1.0}, r"\(0, 1\)"), ({"learning_rate": float("nan")}, "positive"),
-                                             ({"batch": 0}, "at least 1"), ({"mixing": "both"}, "'batch' or 'sample', not 'both'")]
+    bad: list[tuple[dict[str, Any], str]] = [({"weighting": "snr+1"}, "known are"), ({"reuse": 0.0}, "reuse must be positive"), ({"ema": 1.0}, r"\(0, 1\)"), ({"learning_rate": float("nan")}, "learning_rate = nan: must be a number > 0"),
+                                             ({"batch": 0}, "batch = 0: must be a whole number ≥ 1"), ({"mixing": "both"}, "'batch' or 'sample', not 'both'")]
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
             distil(tiny.problem(teacher=CountingTeacher()), tiny.recipe(**changes), tmp_path / "run")

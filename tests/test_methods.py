@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,7 +153,7 @@ def test_a_checkpoint_of_another_question_is_refused(edges: list[float], decay: 
     def run(edges: list[float], decay: float) -> Trainer:
         student, method, states = build("consistency", "forward")
         method = Consistency(method.teacher, Edges(edges), decay)
-        return Trainer(student, method, states, replace(SETTINGS, updates=2, checkpoint_every=2), tmp_path)
+        return Trainer(student, method, states, SETTINGS.but(updates=2, checkpoint_every=2), tmp_path)
 
     run([1.0, 0.01], 0.9).fit()
     assert run([1.0, 0.01], 0.9).step == 2

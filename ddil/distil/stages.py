@@ -9,7 +9,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def updates_within(budget: float, trainer: Callable[[Settings], Trainer], settin
 
     `trainer` builds a run of some settings, with networks of its own; it is tried for `trial` updates of `rows` rows. (Networks that only count do, too.)
     """
-    run = trainer(replace(settings, updates=trial, batch=rows)).fit()
+    run = trainer(settings.but(updates=trial, batch=rows)).fit()
     return max(1, round(budget * trial * rows / (sum(run.evaluations.values()) * settings.batch)))
 
 # %% ../../nbs/09_distil/02_stages.ipynb #37ea2e51

@@ -5,52 +5,40 @@
 # %% ../../nbs/06_training/01_settings.ipynb #ec389653
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ..diffusion.wrappers import innermost
+from ..forms import Count, Form, Natural, Positive
 
 # %% auto #0
-__all__ = ['Settings', 'make_optimizer', 'checkpoint_gradients']
+__all__ = ['Momentum', 'Settings', 'make_optimizer', 'checkpoint_gradients']
 
 # %% ../../nbs/06_training/01_settings.ipynb #00b01f32
-@dataclass(frozen=True)
-class Settings:
-    """How long, how fast and how safely to train.
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
-    batch: global, over all processes; accumulate: parts a batch is split into; decay: "linear" (to zero) or "constant" learning rate;
-    warm_up: updates in which the rate rises to it on a straight line; clip: maximal gradient norm; ema: decay of the weight average, or None;
-    log_every, checkpoint_every: in updates (0: no checkpoints). optimizer: "adamw", or "adamw8bit" with moments in eight bits (bitsandbytes);
-    gradient_checkpointing: compute the networks' activations again in the backward pass instead of keeping them.
-    """
 
-    updates: int = 1000
-    batch: int = 64
-    learning_rate: float = 1e-3
-    decay: str = "linear"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float | None = None
-    accumulate: int = 1
-    log_every: int = 50
-    checkpoint_every: int = 0
-    seed: int = 0
-    optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    warm_up: int = 0
-    gradient_checkpointing: bool = False
+class Settings(Form):
+    """How long, how fast and how safely to train. Raises UnusableValues, a ValueError that lists all that is wrong."""
 
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.batch < 1 or self.accumulate < 1 or self.log_every < 1 or self.checkpoint_every < 0:
-            raise ValueError(f"updates, batch, accumulate and log_every must be at least 1, checkpoint_every at least 0: {self}")
-        if self.decay not in ("linear", "constant") or not self.learning_rate > 0 or not self.clip > 0:
-            raise ValueError(f"decay must be 'linear' or 'constant', learning_rate and clip positive: {self}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must be None or in (0, 1), not {self.ema}")
-        if self.optimizer not in ("adamw", "adamw8bit") or not all(0 <= beta < 1 for beta in self.betas) or self.warm_up < 0:
-            raise ValueError(f"optimizer must be 'adamw' or 'adamw8bit', betas in [0, 1) and warm_up at least 0: {self}")
+    updates: Count = Field(1000, description="optimiser updates")
+    batch: Count = Field(64, description="rows of a batch, over all processes")
+    learning_rate: Positive = Field(1e-3, description="the highest one")
+    decay: Literal["linear", "constant"] = Field("linear", description="linear: the rate falls to zero")
+    weight_decay: float = Field(0.0, description="AdamW's")
+    clip: Positive = Field(1.0, description="maximal gradient norm")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of the average of the weights")
+    accumulate: Count = Field(1, description="parts that a batch is split into")
+    log_every: Count = Field(50, description="updates between two lines of the log")
+    checkpoint_every: Natural = Field(0, description="updates between two checkpoints; 0: none")
+    seed: int = Field(0, description="of everything random")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (bitsandbytes)")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="Adam's")
+    warm_up: Natural = Field(0, description="updates in which the rate rises on a straight line")
+    gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass")
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (0 is the first)."""

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -240,7 +239,7 @@ class Trainer:
         return student.to(self.student.device).eval().requires_grad_(False)
 
     def _fingerprint(self) -> dict:
-        settings = {key: value for key, value in asdict(self.settings).items() if key not in ("log_every", "checkpoint_every", "gradient_checkpointing")} | {"betas": list(self.settings.betas)}
+        settings = {key: value for key, value in self.settings.model_dump().items() if key not in ("log_every", "checkpoint_every", "gradient_checkpointing")} | {"betas": list(self.settings.betas)}
         shapes = {name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in self.networks.items()}
         return {**settings, **self.method.describe(), "roll-in": type(self.rollin).__name__, "processes": self.accelerator.num_processes, "precision": self.distribution.precision,
                 "schedule": schedule_to_dict(self.student.schedule), "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16], **self.identity}
