@@ -31,7 +31,7 @@ from ddil.diffusion.exact import Gaussian
 from ddil.files import unseal
 from ddil.methods.progressive import Progressive
 from ddil.diffusion.small_networks import MLP
-from ddil.diffusion.noise import Shard, shuffled_indices
+from ddil.diffusion.noise import Shard, shuffled_indices, Source
 from ddil.rollins.replay import Replay
 from ddil.rollins.rollout import Rollout
 from ddil.rollins.teacher import Teacher
@@ -159,7 +159,7 @@ def test_a_recipe_is_checked_whether_or_not_it_is_used() -> None:
 
 def test_a_replay_that_does_not_fit() -> None:
     """Too few places, and lanes that cannot be shared, with the numbers that would do."""
-    rollout = Rollout(mlp(), Teacher(CountingTeacher(), uniform_grid(8)), (64,), shard=Shard(0, 2))
+    rollout = Rollout(mlp(), Teacher(CountingTeacher(), uniform_grid(8)), (64,), source=Source(shard=Shard(0, 2)))
     with pytest.raises(ValueError, match="capacity 63 cannot hold one trajectory of 4 states for each of 16 rows: at least 64"):
         Replay(rollout, 16, 63)
     Replay(rollout, 16, 64)

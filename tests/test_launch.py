@@ -23,13 +23,13 @@ from torch import Tensor
 from ddil.rollins.data import TensorData
 from ddil.diffusion.wrappers import Guided
 from ddil.models.unet import TextDenoiser
-from ddil.rollins.ddil import ddil_rollin
+from ddil.rollins.ddil import DDIL
 from ddil.training.parallel import kept
 from ddil.files import read_tensors, write_tensors
 from ddil.training.launch import VARIABLES, launch
 from ddil.methods.consistency import Consistency, Edges
 from ddil.methods.progressive import Progressive
-from ddil.diffusion.noise import Shard
+from ddil.diffusion.noise import Shard, Source
 from ddil.diffusion.grids import uniform_grid
 from ddil.diffusion.schedule import Cosine
 from ddil.solvers import consistency
@@ -57,10 +57,11 @@ def trainer(folder: Path | None = None, method: str = "progressive", frozen: boo
     """A run on random latents and embeddings, with DDIL's states."""
     accelerator, settings, student = make_accelerator("cpu"), Settings(**{**SETTINGS, **changes}), student_of(frozen)
     teacher = Teacher(Guided(student_of().requires_grad_(False), 2.0), uniform_grid(4), 2, look=1 if method == "consistency" else None)
-    shard, rng = Shard(accelerator.process_index, accelerator.num_processes), torch.Generator().manual_seed(1)
+    source, rng = Source(settings.seed, Shard(accelerator.process_index, accelerator.num_processes)), torch.Generator().manual_seed(1)
     data = TensorData(torch.randn(64, 4, 8, 8, generator=rng), torch.randn(64, 3, 8, generator=rng))
     walks = {"solver": consistency} if method == "consistency" else {}
-    rollin = ddil_rollin(student, teacher, data, (4, 8, 8), settings, collected=(0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25, shard=shard, **walks)  # little reuse: each process also collects single rows
+    states = DDIL((0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25)  # little reuse: each process also collects single rows
+    rollin = states.states(student, teacher, data, (4, 8, 8), settings.updates, settings.batch, source, **walks)
     ask = Progressive(teacher) if method == "progressive" else Consistency(teacher, Edges([1.0, 0.0]), 0.5, "huber")
     return Trainer(student, ask, rollin, settings, folder, accelerator, progress)
 

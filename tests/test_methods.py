@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddil.rollins.data import TensorData
 from ddil.diffusion.denoiser import Denoiser
 from ddil.models.unet import ClassDenoiser
-from ddil.rollins.ddil import ddil_rollin
+from ddil.rollins.ddil import DDIL
 from ddil.diffusion.exact import GaussianMixture
 from ddil.files import read_tensors, write_tensors
 from ddil.methods.base import Denoising, Method
@@ -26,7 +26,7 @@ from ddil.methods.ctm import CTM
 from ddil.methods.progressive import Progressive
 from ddil.methods.regression import GuidanceDistillation, Regression
 from ddil.diffusion.small_networks import MLP
-from ddil.diffusion.noise import Shard
+from ddil.diffusion.noise import Shard, Source
 from ddil.rollins.forward import Forward
 from ddil.rollins.walk import Walk
 from ddil.diffusion.grids import uniform_grid
@@ -88,10 +88,11 @@ def build(name: str, rollin: str, shard: Shard = Shard(), settings: Settings = S
     inputs, look, ask, _ = METHODS[name]
     student, teacher = network(*inputs).train().requires_grad_(True), Teacher(exact(), GRID, 4, look=look)
     data = TensorData(exact().draw(200, torch.Generator().manual_seed(1)).float())
+    source = Source(settings.seed, shard)
     rollins: dict[str, Callable[[], RollIn]] = {
-        "forward": lambda: Forward(data, student.schedule, teacher.label_grid, settings.seed, shard),
-        "DDIL": lambda: ddil_rollin(student, teacher, data, (2,), settings, capacity=128, shard=shard, solver=consistency),
-        "walk": lambda: Walk(student, teacher, (2,), seed=settings.seed, shard=shard),
+        "forward": lambda: Forward(data, student.schedule, teacher.label_grid, source),
+        "DDIL": lambda: DDIL(capacity=128).states(student, teacher, data, (2,), settings.updates, settings.batch, source, consistency),
+        "walk": lambda: Walk(student, teacher, (2,), source=source),
     }
     return student, ask(teacher, student), rollins[rollin]()
 

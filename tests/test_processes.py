@@ -16,8 +16,7 @@ import tiny
 
 from ddil.solvers.sampler import Sampler
 from ddil.distil.stages import distil, distil_in_processes
-from ddil.rollins.ddil import ddil_rollin
-from ddil.diffusion.noise import Shard
+from ddil.diffusion.noise import Shard, Source
 from ddil.rollins.teacher import Teacher
 from ddil.diffusion.grids import uniform_grid
 from ddil.training.parallel import make_accelerator
@@ -102,7 +101,8 @@ def test_the_log_speaks_of_all_processes(name: str, run_of: Trained) -> None:
 def test_the_number_of_processes_does_not_change_the_rollin() -> None:
     """As many trajectories are collected at a time, however many processes share them; or the batch is refused."""
     made = tiny.problem()
-    make = lambda batch, world: ddil_rollin(made.student, Teacher(made.teacher, uniform_grid(8)), made.data, made.shape, tiny.recipe(batch=batch).settings(), shard=Shard(0, world))
+    recipe, teacher = tiny.recipe(), Teacher(made.teacher, uniform_grid(8))
+    make = lambda batch, world: recipe.ddil.states(made.student, teacher, made.data, made.shape, recipe.updates, batch, Source(shard=Shard(0, world)))
     collected = [make(16, world).parts["collected"] for world in (1, 2, 4)]
     assert {replay.trajectories for replay in collected} == {4}
     with pytest.raises(ValueError, match="3 roll-outs per collection .* 12 .* 2 processes"):

@@ -29,11 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..rollins.data import TensorData
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.noise import Source
 from ..diffusion.wrappers import Guided, innermost
 from ..models.unet import NetworkDenoiser, TextDenoiser
 from ..distil.problem import digits_problem, Problem
 from ..distil.stages import Recipe
-from ..rollins.ddil import ddil_rollin
+from ..rollins.ddil import DDIL
 from ..files import write_text
 from ..methods.base import Method
 from ..methods.consistency import Anywhere, BiDirectional, Consistency, Edges
@@ -127,7 +128,7 @@ def stage_trainer(problem: Problem, recipe: Recipe) -> Trainer:
     """A trainer of the first stage of `recipe`, which shares no network with another."""
     teacher, student = (recipe.reflect(copy.deepcopy(denoiser)) for denoiser in (problem.teacher, problem.student))
     expert, settings = Teacher(teacher, uniform_grid(recipe.stages[0])), recipe.settings(recipe.stages[1])
-    rollin = ddil_rollin(student, expert, problem.data, problem.shape, settings, recipe.beta, recipe.collected, recipe.mixing, recipe.capacity, recipe.reuse)
+    rollin = recipe.ddil.states(student, expert, problem.data, problem.shape, settings.updates, settings.batch, settings.seed)
     accelerator = make_accelerator("cpu" if student.device.type == "cpu" else "auto")
     return Trainer(student.train(), Progressive(expert, recipe.weighting), rollin, settings, accelerator=accelerator)
 
@@ -274,7 +275,7 @@ def method_trainer(name: str, problem: Problem, batch: int = 64) -> Trainer:
     grid = torch.cat([uniform_grid(16)[:-1], torch.tensor([0.01], dtype=torch.float64)])
     teacher = Teacher(copy.deepcopy(problem.teacher), grid, 4, look=4 if name == "SFD" else 1)
     walks = name == "SFD"
-    rollin = Walk(student, teacher, problem.shape, problem.data) if walks else Forward(problem.data, student.schedule, teacher.label_grid, device=student.device)
+    rollin = Walk(student, teacher, problem.shape, problem.data) if walks else Forward(problem.data, student.schedule, teacher.label_grid, Source(device=student.device))
     return Trainer(student, ask(teacher, student), rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
 
@@ -284,7 +285,7 @@ def matching_trainer(problem: Problem, batch: int = 64) -> Trainer:
     teacher = copy.deepcopy(problem.teacher)
     rollin = Rollout(student, Teacher(teacher, grid, 1), problem.shape, problem.data, 1.0, label=False, solver=consistency, visit="one")
     critic = Critic(judged(copy.deepcopy(student), rollin.sample(1, 0)))
-    method = DistributionMatching(teacher, critic, adversary=1e-3, data=RealSamples(problem.data, device=student.device))
+    method = DistributionMatching(teacher, critic, adversary=1e-3, data=RealSamples(problem.data, Source(device=student.device)))
     return Trainer(student, method, rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
 

@@ -25,7 +25,7 @@ from ..datasets.digits import asset
 from ..diffusion.denoiser import Denoiser, map_cond
 from ..diffusion.wrappers import Guided, innermost, Reflected, Threshold
 from ..models.unet import TextDenoiser
-from ..rollins.ddil import ddil_rollin
+from ..rollins.ddil import DDIL
 from ..words import did_you_mean, progress
 from ..methods.base import Method
 from ..methods.consistency import Consistency, Edges
@@ -36,7 +36,7 @@ from ..measure.images import to_bytes
 from ..methods.progressive import Progressive, halvings
 from ..methods.regression import Regression
 from ..datasets.scenes import Scenes
-from ..diffusion.noise import Shard, generator
+from ..diffusion.noise import generator, Shard, Source
 from ..rollins.rollout import Rollout
 from ..rollins.walk import Walk
 from ..diffusion.grids import trailing_grid
@@ -265,31 +265,31 @@ def pieces(plan: Plan, steps: tuple[int, int], base: TextDenoiser, data: Data, s
     learner = plan.reflect(student)
     stride = steps[0] // steps[1]
     label = Teacher(expert, trailing_grid(steps[0]), stride, look=1 if plan.method == "LCM" else None)
-    rollin, method, solver = PARTS[plan.method](plan, learner, label, data, shape, settings, shard)
+    rollin, method, solver = PARTS[plan.method](plan, learner, label, data, shape, settings, Source(settings.seed, shard, learner.device))
     return Pieces(learner, teacher, label, method, rollin, label.student_grid, solver, settings)
 
 
-def _progressive(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
-    return _states(plan, learner, label, data, shape, settings, shard, "ddim"), Progressive(label, "truncated_snr"), "ddim"
+def _progressive(plan, learner, label, data, shape, settings, source) -> tuple[RollIn, Method, str]:
+    return _states(plan, learner, label, data, shape, settings, source, "ddim"), Progressive(label, "truncated_snr"), "ddim"
 
 
-def _consistency(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
+def _consistency(plan, learner, label, data, shape, settings, source) -> tuple[RollIn, Method, str]:
     target = 0.95 if plan.adapters == "full" else None
-    return _states(plan, learner, label, data, shape, settings, shard, "consistency"), Consistency(label, Edges([1.0, 0.0]), target, "huber"), "consistency"
+    return _states(plan, learner, label, data, shape, settings, source, "consistency"), Consistency(label, Edges([1.0, 0.0]), target, "huber"), "consistency"
 
 
-def _trajectory(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
-    return Walk(learner, label, shape, data, seed=settings.seed, shard=shard), Regression(label, "l1"), "ddim"
+def _trajectory(plan, learner, label, data, shape, settings, source) -> tuple[RollIn, Method, str]:
+    return Walk(learner, label, shape, data, source=source), Regression(label, "l1"), "ddim"
 
 
-def _matching(plan, learner, label, data, shape, settings, shard) -> tuple[RollIn, Method, str]:
+def _matching(plan, learner, label, data, shape, settings, source) -> tuple[RollIn, Method, str]:
     teacher = innermost(label.denoiser)
     critic = Critic(_fake(plan, teacher, data, shape, settings.seed), "snr" if teacher.prediction == "eps" else "snr_plus_one")  # "snr": the plain error of eps
-    real = RealSamples(data, settings.seed, shard, learner.device)
+    real = RealSamples(data, source)
     method = DistributionMatching(label.denoiser, critic, ratio=plan.ratio, adversary=plan.adversary, data=real)
     if plan.simulates:
-        return Rollout(learner, label, shape, data, 1.0, label=False, solver=solver_by_name("consistency"), seed=settings.seed, shard=shard, visit="one"), method, "consistency"
-    return _states(plan, learner, label, data, shape, settings, shard, "consistency", False), method, "consistency"
+        return Rollout(learner, label, shape, data, 1.0, label=False, solver=solver_by_name("consistency"), source=source, visit="one"), method, "consistency"
+    return _states(plan, learner, label, data, shape, settings, source, "consistency", False), method, "consistency"
 
 
 def _fake(plan: Plan, teacher: TextDenoiser, data: Data, shape: tuple[int, ...], seed: int) -> Denoiser:
@@ -306,9 +306,10 @@ def _fake(plan: Plan, teacher: TextDenoiser, data: Data, shape: tuple[int, ...],
     return judged(fake, States(z, one, 0 * one, cond, np.zeros(1, int)), seed=seed)
 
 
-def _states(plan, learner, label, data, shape, settings, shard, solver, labelled=True) -> RollIn:
+def _states(plan, learner, label, data, shape, settings, source, solver, labelled=True) -> RollIn:
     """DDIL, in one call."""
-    return ddil_rollin(learner, label, data, shape, settings, plan.beta, plan.collected, plan.mixing, plan.capacity, plan.reuse, shard, solver_by_name(solver), labelled)
+    states = DDIL(plan.collected, plan.beta, plan.mixing, plan.capacity, plan.reuse)
+    return states.states(learner, label, data, shape, settings.updates, settings.batch, source, solver_by_name(solver), labelled)
 
 
 PARTS: dict[str, Callable[..., tuple[RollIn, Method, str]]] = {"PD": _progressive, "LCM": _consistency, "SFD": _trajectory, "DMD2": _matching}

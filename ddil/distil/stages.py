@@ -18,14 +18,13 @@ from accelerate import Accelerator
 
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import uniform_grid
-from ..diffusion.noise import generator, Shard
+from ..diffusion.noise import generator, Shard, Source
 from ..diffusion.wrappers import Reflected, Threshold
 from .problem import Problem, PROBLEMS
 from ..files import write_text
 from ..methods.base import weighting_by_name
 from ..methods.progressive import halvings, Progressive, Stage
-from ..rollins.ddil import ddil_rollin
-from ..rollins.ramp import staged
+from ..rollins.ddil import DDIL
 from ..rollins.teacher import Teacher
 from ..solvers import ODE_SOLVERS, solver_by_name
 from ..solvers.sampler import Sampler
@@ -73,13 +72,15 @@ class Recipe:
         halvings(self.stages)
         if self.reflection not in ("off", "static", "dynamic"):
             raise ValueError(f"reflection must be 'off', 'static' or 'dynamic', not {self.reflection!r}")
-        if self.mixing not in ("batch", "sample"):
-            raise ValueError(f"mixing must be 'batch' or 'sample', not {self.mixing!r}")
         weighting_by_name(self.weighting)
         if self.teacher_solver not in ODE_SOLVERS:
             raise ValueError(f"teacher_solver must be deterministic, one of {', '.join(ODE_SOLVERS)}, not {self.teacher_solver!r}")
-        for name in ("collected", "beta"):
-            staged(*getattr(self, name), 10)  # raises if these are not probabilities
+        self.ddil  # raises for what cannot be
+
+    @property
+    def ddil(self) -> DDIL:
+        """On whose states a student is trained."""
+        return DDIL(self.collected, self.beta, self.mixing, self.capacity, self.reuse)
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser with its clean estimates thresholded as the recipe says."""
@@ -133,8 +134,8 @@ def _train_stage(stage: Stage, teacher: Denoiser, student: Denoiser, problem: Pr
     """Train the student of one stage."""
     solver = recipe.teacher_solver if stage.teacher_steps == recipe.stages[0] else "ddim"
     expert, settings = Teacher(teacher, uniform_grid(stage.teacher_steps), solver=solver_by_name(solver)), recipe.settings(stage.student_steps, checkpoint_every)
-    shard = Shard(accelerator.process_index, accelerator.num_processes)
-    rollin = ddil_rollin(student, expert, problem.data, problem.shape, settings, recipe.beta, recipe.collected, recipe.mixing, recipe.capacity, recipe.reuse, shard)
+    source = Source(settings.seed, Shard(accelerator.process_index, accelerator.num_processes))
+    rollin = recipe.ddil.states(student, expert, problem.data, problem.shape, settings.updates, settings.batch, source)
     trainer = Trainer(student, Progressive(expert, recipe.weighting), rollin, settings, place, accelerator, lambda steps: progress(steps, str(stage)), _identity(problem, recipe))
     trainer.fit()
     cost = {"updates": settings.updates, "seconds": trainer.seconds, "processes": accelerator.num_processes,

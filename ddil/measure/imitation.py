@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..solvers.sampler import Sampler
 from ..diffusion.denoiser import Cond, map_cond
+from ..diffusion.noise import Source
 from ..solvers.steps import ddim_target
 from ..rollins.forward import Forward
 from ..solvers import STOCHASTIC_SOLVERS, estimate
@@ -64,7 +65,7 @@ def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple
     """Forward-diffused data at each of the student's nodes, the same samples and noise at all of them; and their conditions."""
     parts = []
     for t, s in zip(student.grid[:-1], student.grid[1:]):
-        forward = Forward(data, student.denoiser.schedule, torch.stack([t, s]), seed, device=student.denoiser.device)
+        forward = Forward(data, student.denoiser.schedule, torch.stack([t, s]), Source(seed, device=student.denoiser.device))
         parts.append(forward.sample(n, 0))
     return [part.z for part in parts], parts[0].cond
 

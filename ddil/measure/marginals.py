@@ -16,7 +16,7 @@ from ..solvers.sampler import Sampler
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
 from ..diffusion.exact import GaussianMixture
 from .distances import mmd, sliced_wasserstein
-from ..diffusion.noise import sample_noise
+from ..diffusion.noise import sample_noise, Source
 from .imitation import check_solver, expert, forward_states
 from ..solvers import Memory
 from ..rollins.states import Data
@@ -56,7 +56,7 @@ def forward_clean(student: Sampler, data: Data, n: int, seed: int) -> Tensor:
     """The samples themselves that `forward_states` noises, or at the last time of a grid that ends before 0, noised as little."""
     from ddil.rollins.forward import Forward
 
-    last = Forward(data, student.denoiser.schedule, torch.stack([student.grid[-2], student.grid[-1]]), seed, device=student.denoiser.device).sample(n, 0)
+    last = Forward(data, student.denoiser.schedule, torch.stack([student.grid[-2], student.grid[-1]]), Source(seed, device=student.denoiser.device)).sample(n, 0)
     if student.grid[-1] == 0:
         return last.x
     alpha, sigma = (float(part(student.grid[-1])) for part in (student.denoiser.schedule.alpha, student.denoiser.schedule.sigma))

@@ -16,7 +16,7 @@ from ..diffusion.denoiser import cat_cond, coefficients, Cond, Denoiser, map_con
 from ..diffusion.wrappers import innermost, Wrapper
 from .adversary import adversarial_loss_by_name
 from .base import Networks, bare, weighted_error, weighting_by_name
-from ..diffusion.noise import Shard, generator
+from ..diffusion.noise import Source
 from ..diffusion.schedule import Schedule, Time
 from ..rollins.states import Data, States
 
@@ -245,16 +245,17 @@ def frozen(network: nn.Module) -> Iterator[None]:
 class RealSamples:
     """Samples of `data` for a judge, a function of the seed, the update and the process: for each update an endless row of them."""
 
-    def __init__(self, data: Data, seed: int = 0, shard: Shard = Shard(), device: str | torch.device = "cpu"):
+    def __init__(self, data: Data, source: Source | int = Source()):
         if len(data) == 0:
             raise ValueError("the data set is empty: a judge needs data to compare the student's samples with")
-        self.data, self.seed, self.shard, self.device = data, seed, shard, device
+        self.data, self.source = data, Source.of(source)
 
     def draw(self, n: int, step: int, start: int = 0) -> tuple[Tensor, Cond]:
         """The `n` samples from place `start` of update `step`'s row, and their conditions."""
-        rows = generator(self.seed, "real", step, self.shard.rank).integers(len(self.data), size=start + n)[start:]
+        source = self.source
+        rows = source.generator("real", step, source.shard.rank).integers(len(self.data), size=start + n)[start:]
         x, cond = self.data[rows]
-        return x.to(self.device), map_cond(lambda c: c.to(self.device), cond)
+        return x.to(source.device), map_cond(lambda c: c.to(source.device), cond)
 
 
 def data_for(states: States, data: RealSamples | None, step: int, start: int = 0) -> tuple[Tensor, Cond]:

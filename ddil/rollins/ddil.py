@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.noise import Shard
+from ..diffusion.noise import Source
 from .forward import Forward
 from .mixture import Mixture
-from .ramp import Ramp, staged
+from .ramp import check_mixing, Ramp, staged
 from .replay import Replay
 from .rollout import Rollout
 from .states import Data, RollIn
@@ -20,41 +20,48 @@ from .teacher import Teacher
 from ..solvers import Solver, ddim
 
 # %% auto #0
-__all__ = ['Settings', 'ddil_rollin']
+__all__ = ['DDIL']
 
 # %% ../../nbs/03_rollins/10_ddil.ipynb #a557a89c
-class Settings(Protocol):
-    """How many updates a stage has, of how many rows, and its seed (see `ddil.training.settings`)."""
+@dataclass(frozen=True)
+class DDIL:
+    """On whose states a student is trained (Garrepalli et al. 2024, supplement A): all settings, as one value that checks itself.
 
-    updates: int
-    batch: int
-    seed: int
-
-
-def ddil_rollin(
-    student: Denoiser,
-    teacher: Teacher,
-    data: Data,
-    shape: Sequence[int],
-    settings: Settings,
-    beta: tuple[float, float] | Ramp = (0.15, 0.80),
-    collected: tuple[float, float] = (0.25, 0.50),
-    mixing: str = "batch",
-    capacity: int = 8192,
-    reuse: float = 4.0,
-    shard: Shard = Shard(),
-    solver: Solver = ddim,
-    label: bool = True,
-) -> RollIn:
-    """The states of DDIL for one stage (Garrepalli et al. 2024, supplement A): `beta` and `collected` before and after 60 % of the updates (`beta`: or any Ramp).
-
-    For any method: `solver` is the one that its student is sampled with, `label` whether it needs to know where the teacher goes.
+    `collected` and `beta`: the share of batches that come from roll-outs, and the share of transitions that the student makes there,
+    before and after 60 % of the updates (`beta`: or any Ramp). `mixing`: one choice for the "batch" (published) or for each "sample".
+    `capacity`: states that the replay holds; `reuse`: how often each is trained on, on average. Raises ValueError for what cannot be.
     """
-    forward = Forward(data, student.schedule, teacher.label_grid, settings.seed, shard, student.device)
-    if not any(collected):
-        return forward
-    batch, share = settings.batch, staged(*collected, settings.updates)
-    rollout = Rollout(student, teacher, shape, data, beta if isinstance(beta, Ramp) else staged(*beta, settings.updates), mixing, label, solver, settings.seed, shard)
-    quarter = batch // 4 if batch % 4 == 0 else batch  # fewer roll-outs at a time, more often: fresher states at the same cost
-    replay = Replay(rollout, batch, capacity, reuse, quarter, settings.seed)
-    return Mixture({"forward": (forward, share.complement()), "collected": (replay, share)}, mixing, settings.seed)
+
+    collected: tuple[float, float] = (0.25, 0.50)
+    beta: tuple[float, float] | Ramp = (0.15, 0.80)
+    mixing: str = "batch"
+    capacity: int = 8192
+    reuse: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("collected", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, Ramp) and name == "beta":
+                continue
+            if len(value) != 2:
+                raise ValueError(f"{name} is a pair, before and after 60 % of the updates, not {value}")
+            staged(*value, updates=10)  # raises unless they are probabilities
+        check_mixing(self.mixing)
+        if self.capacity < 1 or not self.reuse > 0:
+            raise ValueError(f"capacity and reuse must be positive, not {self.capacity} and {self.reuse}")
+
+    def states(self, student: Denoiser, teacher: Teacher, data: Data, shape: Sequence[int], updates: int, batch: int,
+               source: Source | int = Source(), solver: Solver = ddim, label: bool = True) -> RollIn:
+        """The states of one stage of `updates` batches, for any method; if none is collected, the plain forward roll-in.
+
+        `solver` is the one that the student is sampled with, `label` whether the method needs to know where the teacher goes.
+        """
+        source = Source.of(source).on(student.device)
+        forward = Forward(data, student.schedule, teacher.label_grid, source)
+        if not any(self.collected):
+            return forward
+        beta, share = (ramp if isinstance(ramp, Ramp) else staged(*ramp, updates) for ramp in (self.beta, self.collected))
+        rollout = Rollout(student, teacher, shape, data, beta, self.mixing, label, solver, source)
+        quarter = batch // 4 if batch % 4 == 0 else batch  # fewer roll-outs at a time, more often: fresher states at the same cost
+        replay = Replay(rollout, batch, self.capacity, self.reuse, quarter)
+        return Mixture({"forward": (forward, share.complement()), "collected": (replay, share)}, self.mixing, source)

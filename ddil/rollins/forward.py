@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import coefficients, Cond, map_cond, cast
 from ..diffusion.grids import check_grid
-from ..diffusion.noise import generator, Shard, shuffled_indices
+from ..diffusion.noise import Draws, shuffled_indices, Source
 from ..diffusion.schedule import Schedule
 from .ramp import constant
 from .states import Data, Origin, RollIn, States
@@ -23,35 +23,36 @@ from .states import Data, Origin, RollIn, States
 __all__ = ['Forward', 'ConditionDropout']
 
 # %% ../../nbs/03_rollins/05_forward.ipynb #dc01c67a
-class Forward:
+class Forward(RollIn):
     """Forward-diffused data: z = alpha(t) x + sigma(t) eps, at the nodes of `grid` (which may be a function of the update) or, without one, at any time.
-    The noise is fresh, or, where the data set couples each sample with a noise of its own (a method `noise(rows)`), that one."""
 
-    def __init__(self, data: Data, schedule: Schedule, grid: Tensor | Callable[[int], Tensor] | None = None, seed: int = 0, shard: Shard = Shard(), device: str | torch.device = "cpu"):
+    The noise is fresh, or, where the data set couples each sample with a noise of its own (a method `noise(rows)`), that one.
+    """
+
+    def __init__(self, data: Data, schedule: Schedule, grid: Tensor | Callable[[int], Tensor] | None = None, source: Source | int = Source()):
         if len(data) == 0:
             raise ValueError("the data set is empty: there is nothing to noise")
-        self.data, self.schedule, self.seed, self.shard, self.device = data, schedule, seed, shard, device
+        self.data, self.schedule, self.source = data, schedule, Source.of(source)
         self.grid = grid if grid is None or callable(grid) else check_grid(grid)
 
-    def _times(self, n: int, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _times(self, step: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         if self.grid is None:
-            t = 1 - (np.arange(n) + rng.random(n)) / n  # one time in each n-th of (0, 1]
-            return t, np.zeros(n)
+            t = 1 - (draws.rows + draws.uniform()) / draws.n  # one time in each n-th of (0, 1]
+            return t, np.zeros(len(t))
         grid = check_grid(self.grid(step)) if callable(self.grid) else self.grid
-        node = rng.integers(len(grid) - 1, size=n)
+        node = draws.integers(len(grid) - 1)
         return grid.numpy()[node], grid.numpy()[node + 1]
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        rng, mine = generator(self.seed, "forward", step), _wanted(self.shard, n, rows)
-        t, s = (torch.from_numpy(value[mine]).to(self.device) for value in self._times(n, step, rng))
-        place = shuffled_indices(len(self.data), n, step, self.seed)[mine]
+        draws, device = self.source.draws("forward", step, n=n, asked=rows), self.source.device
+        t, s = (torch.from_numpy(time).to(device) for time in self._times(step, draws))
+        place = shuffled_indices(len(self.data), n, step, self.source.seed)[draws.rows]
         x, cond = self.data[place]
-        drawn = torch.from_numpy(rng.standard_normal((n, *x.shape[1:]), dtype=np.float32)[mine])
         coupled = getattr(self.data, "noise", None)
-        x, noise = x.to(self.device), (drawn if coupled is None else coupled(place)).to(self.device)
+        x, noise = x.to(device), draws.normal(x.shape[1:]) if coupled is None else coupled(place).to(device)
         alpha, sigma = coefficients(self.schedule, t, x)
         z = x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype)
-        states = States(z, t, s, map_cond(lambda c: c.to(self.device), cond), np.full(len(x), Origin.DATA), x=x)
+        states = States(z, t, s, map_cond(lambda c: c.to(device), cond), np.full(len(x), Origin.DATA), x=x)
         return states if coupled is None else self._from_noise(states, noise)
 
     def _from_noise(self, states: States, noise: Tensor) -> States:
@@ -61,32 +62,18 @@ class Forward:
         states.teacher_z, states.known = states.x, (start & (states.s == 0)).cpu().numpy()
         return states
 
-    def log(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}  # a function of (seed, step): there is nothing to remember
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
-# %% ../../nbs/03_rollins/05_forward.ipynb #0bcf5ed9
-def _wanted(shard: Shard, n: int, rows: np.ndarray | None) -> np.ndarray:
-    """The rows of a global batch that this process owns and is asked for."""
-    mine = np.arange(n)[shard.share(n)]
-    return mine if rows is None else mine[rows[mine]]
-
 # %% ../../nbs/03_rollins/05_forward.ipynb #57d3951f
-class ConditionDropout:
+class ConditionDropout(RollIn):
     """The states of `rollin`, each losing its condition with `probability` (`null` maps conditions to null conditions, as a denoiser's `null_condition`)."""
 
-    def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1, seed: int = 0, shard: Shard = Shard()):
+    def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1, source: Source | int = Source()):
         constant(probability)  # raises if it is not one
-        self.rollin, self.null, self.probability, self.seed, self.shard = rollin, null, probability, seed, shard
+        self.rollin, self.null, self.probability, self.source = rollin, null, probability, Source.of(source)
+        self.asks_apart = rollin.asks_apart
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         states = self.rollin.sample(n, step, rows)
-        lost = generator(self.seed, "condition dropout", step).random(n)[_wanted(self.shard, n, rows)] < self.probability
+        lost = self.source.draws("condition dropout", step, n=n, asked=rows).uniform() < self.probability
         lost = torch.from_numpy(lost).to(states.z.device)
         pick = lambda null, cond: torch.where(lost.view(-1, *(1,) * (cond.ndim - 1)), null, cond)
         return replace(states, cond=map_cond(pick, self.null(states.cond), states.cond))

@@ -9,26 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.noise import generator
-from .ramp import constant, Ramp
+from ..diffusion.noise import Source
+from .ramp import check_mixing, Ramp
 from .states import cat_states, RollIn, States
 
 # %% auto #0
 __all__ = ['Mixture']
 
 # %% ../../nbs/03_rollins/08_mixture.ipynb #dbab2097
-class Mixture:
+class Mixture(RollIn):
     """States from several roll-ins, each with its prior: parts = {"forward": (forward, 0.75), "collected": (replay, 0.25)}.
 
     `mixing`: the whole "batch" comes from one part (published), or each "sample" from its own. Priors are numbers or Ramps and must add up to 1.
     """
 
-    def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch", seed: int = 0):
-        if not parts or mixing not in ("batch", "sample"):
-            raise ValueError(f"a mixture needs parts and mixing 'batch' or 'sample', not {list(parts)} and {mixing!r}")
+    def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch", source: Source | int = Source()):
+        if not parts:
+            raise ValueError("a mixture needs parts to mix")
         self.parts = {name: rollin for name, (rollin, _) in parts.items()}
-        self.priors = {name: prior if isinstance(prior, Ramp) else constant(prior) for name, (_, prior) in parts.items()}
-        self.mixing, self.seed = mixing, seed
+        self.priors = {name: Ramp.of(prior) for name, (_, prior) in parts.items()}
+        self.mixing, self.source = check_mixing(mixing), Source.of(source)
+        self.asks_apart = mixing == "sample" or any(part.asks_apart for part in self.parts.values())
         self.asked, self.used = np.zeros(len(parts)), np.zeros(len(parts))
         for step in {start for ramp in self.priors.values() for start in ramp.starts}:
             self._prior(step)
@@ -41,7 +42,7 @@ class Mixture:
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         prior = self._prior(step)
-        drawn = generator(self.seed, "mixture", step).random(n if self.mixing == "sample" else 1)
+        drawn = self.source.generator("mixture", step).random(n if self.mixing == "sample" else 1)
         choice = np.broadcast_to(np.searchsorted(prior.cumsum()[:-1], drawn, side="right"), n)
         wanted = np.ones(n, bool) if rows is None else rows
         self.asked += prior * wanted.sum()

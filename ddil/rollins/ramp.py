@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 # %% auto #0
-__all__ = ['Ramp', 'constant', 'linear', 'staged']
+__all__ = ['Ramp', 'check_mixing', 'constant', 'linear', 'staged']
 
 # %% ../../nbs/03_rollins/04_ramp.ipynb #f3208169
 @dataclass(frozen=True)
@@ -32,11 +32,23 @@ class Ramp:
             return float(np.interp(step, self.starts, self.values))
         return self.values[np.searchsorted(self.starts, step, side="right") - 1]
 
+    @staticmethod
+    def of(value: Ramp | float) -> Ramp:
+        """A ramp; a bare number is the same probability throughout."""
+        return value if isinstance(value, Ramp) else constant(value)
+
     def complement(self) -> Ramp:
         """1 minus this ramp."""
         return replace(self, values=tuple(1 - value for value in self.values))
 
 # %% ../../nbs/03_rollins/04_ramp.ipynb #69f42d6f
+def check_mixing(mixing: str) -> str:
+    """`mixing`, which says whether one choice is made for a whole "batch" or for each "sample". Raises ValueError for another word."""
+    if mixing not in ("batch", "sample"):
+        raise ValueError(f"mixing must be 'batch' or 'sample', not {mixing!r}")
+    return mixing
+
+
 def constant(value: float) -> Ramp:
     """The same probability throughout."""
     return Ramp((0,), (value,))

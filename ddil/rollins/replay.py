@@ -9,31 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import map_cond
-from ..diffusion.noise import generator
-from .forward import _wanted
 from .rollout import Rollout
-from .states import States
+from .states import RollIn, States
 
 # %% auto #0
 __all__ = ['Replay']
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #1fd4fd9b
-class Replay:
+class Replay(RollIn):
     """The last `capacity` states of `rollout`, each trained on `reuse` times on average, drawn from one lane per row of the batch.
 
     `batch`: rows of a global batch; `trajectories`: roll-outs per collection (must divide `batch`; the first one fills all lanes).
     """
 
-    def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0, trajectories: int | None = None, seed: int = 0):
-        self.rollout, self.shard, self.seed = rollout, rollout.shard, seed
+    def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0, trajectories: int | None = None):
+        self.rollout, self.source, self.asks_apart = rollout, rollout.source, rollout.asks_apart
         self.batch, self.reuse, self.trajectories = batch, reuse, trajectories or batch
         self.slots = capacity // batch
         if self.slots < rollout.nodes:
             raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states for each of {batch} rows: at least {rollout.nodes * batch}")
-        if batch % self.trajectories or self.trajectories % self.shard.world:
-            raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} and be shared by {self.shard.world} processes: "
-                             f"choose a batch that is a multiple of {4 * self.shard.world}")
+        world = self.source.shard.world
+        if batch % self.trajectories or self.trajectories % world:
+            raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} and be shared by {world} processes: "
+                             f"choose a batch that is a multiple of {4 * world}")
         if not reuse > 0:
             raise ValueError(f"reuse must be positive, not {reuse}")
         self.store: States | None = None                          # every tensor (slots, lanes of this process, …)
@@ -41,15 +39,12 @@ class Replay:
         self.written = np.zeros(batch, np.int64)                  # states ever written to each lane
         self.collections = self.served = self.age = 0
 
-    def _mine(self) -> np.ndarray:
-        return _wanted(self.shard, self.batch, None)
-
     def collect(self, step: int) -> None:
         """Roll out with the student as it is now and write the states over the oldest."""
         n = self.batch if self.collections == 0 else self.trajectories
         stride = self.batch // n
         lanes = self.collections % stride + stride * np.arange(n)
-        local = torch.from_numpy(lanes[self.shard.share(n)] - self._mine()[0])
+        local = torch.from_numpy(lanes[self.source.rows(n)] - self.source.rows(self.batch)[0])
         for states in self.rollout.trajectories(n, step):
             slot = self.written[lanes[0]] % self.slots
             self._write(states, slot, local)
@@ -59,16 +54,12 @@ class Replay:
 
     def _write(self, states: States, slot: int, local: Tensor) -> None:
         if self.store is None:
-            empty = lambda value: None if value is None else value.new_zeros((self.slots, len(self._mine()), *value.shape[1:])).clone()
+            size = (self.slots, len(self.source.rows(self.batch)))
             with torch.inference_mode(False):
-                self.store = States(empty(states.z), empty(states.t), empty(states.s), map_cond(empty, states.cond),
-                                    np.zeros((self.slots, len(self._mine())), np.int64), empty(states.x), empty(states.teacher_z), np.zeros((self.slots, len(self._mine())), bool))
-        put = lambda kept, new: None if kept is None or new is None else kept[slot].index_copy_(0, local.to(kept.device), new)
-        for name in ("z", "t", "s", "x", "teacher_z"):
-            put(getattr(self.store, name), getattr(states, name))
-        map_cond(put, self.store.cond, states.cond)
-        self.store.origin[slot, local.numpy()] = states.origin  # numpy would take a tensor of one element for a number
-        self.store.known[slot, local.numpy()] = states.known is not None
+                self.store = states.map(lambda value: torch.zeros((*size, *value.shape[1:]), dtype=value.dtype, device=value.device))
+        new = (states if self.store.teacher_z is None else states.room_for_labels()).flat()
+        for name, kept in self.store.flat().items():
+            kept[slot].index_copy_(0, local.to(kept.device), new[name])
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         if n != self.batch:
@@ -76,16 +67,13 @@ class Replay:
         if self.collections == 0 or self.served >= self.reuse * self.written.sum():
             self.collect(step)
         filled = np.minimum(self.written, self.slots)
-        slot = (generator(self.seed, "replay", step).random(n) * filled).astype(np.int64)
+        slot = (self.source.generator("replay", step).random(n) * filled).astype(np.int64)
         asked = np.arange(n) if rows is None else np.flatnonzero(rows)
         self.served += len(asked)
         self.age = step - self.born[slot[asked], asked].mean() if len(asked) else self.age
-        mine = _wanted(self.shard, n, rows)
-        slot, lane = slot[mine], mine - self._mine()[0]
-        index = tuple(torch.from_numpy(i).to(self.store.z.device) for i in (slot, lane))
-        pick = lambda value: None if value is None else value[index]
-        return States(pick(self.store.z), pick(self.store.t), pick(self.store.s), map_cond(pick, self.store.cond), self.store.origin[slot, lane],
-                      pick(self.store.x), pick(self.store.teacher_z), known=self.store.known[slot, lane] if self.store.teacher_z is not None else None)
+        mine = self.source.rows(n, rows)
+        index = torch.from_numpy(slot[mine]), torch.from_numpy(mine - self.source.rows(n)[0])
+        return self.store.map(lambda value: value[tuple(i.to(value.device) for i in index)])
 
     def log(self) -> dict[str, float]:
         """What was collected and reused, the age in updates of the last batch, and the roll-out's own log."""
@@ -99,10 +87,7 @@ class Replay:
         state = {"counters": torch.from_numpy(counters), "written": torch.from_numpy(self.written), "born": torch.from_numpy(self.born),
                  "age": torch.tensor(float(self.age), dtype=torch.float64), **{f"rollout.{key}": value for key, value in self.rollout.state_dict().items()}}
         if self.store is not None:
-            cond = self.store.cond if isinstance(self.store.cond, dict) else {"": self.store.cond}
-            state |= {"store.origin": torch.from_numpy(self.store.origin), "store.known": torch.from_numpy(self.store.known)}
-            state |= {f"store.{name}": getattr(self.store, name) for name in ("z", "t", "s", "x", "teacher_z") if getattr(self.store, name) is not None}
-            state |= {f"store.cond.{key}": value for key, value in cond.items() if value is not None}
+            state |= {f"store.{name}": value for name, value in self.store.flat().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -110,7 +95,5 @@ class Replay:
         self.written, self.born, self.age = state["written"].numpy().copy(), state["born"].numpy().copy(), state["age"].item()
         self.rollout.load_state_dict({key.removeprefix("rollout."): value for key, value in state.items() if key.startswith("rollout.")})
         if "store.z" in state:
-            device = self.rollout.student.device
-            cond = {key.removeprefix("store.cond."): value.to(device) for key, value in state.items() if key.startswith("store.cond.")}
-            tensors = {name: state[f"store.{name}"].to(device) if f"store.{name}" in state else None for name in ("z", "t", "s", "x", "teacher_z")}
-            self.store = States(**tensors, cond=cond.get("", cond or None), origin=state["store.origin"].numpy().copy(), known=state["store.known"].numpy().copy())
+            tensors = {key.removeprefix("store."): value for key, value in state.items() if key.startswith("store.")}
+            self.store = States.from_flat(tensors).map(lambda value: value.to(self.source.device, copy=True))

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
-from ..diffusion.noise import generator, Shard
-from .forward import _wanted
-from .ramp import constant, Ramp
-from .states import cat_states, Data, Origin, States
+from ..diffusion.noise import Draws, Source
+from .ramp import check_mixing, Ramp
+from .states import cat_states, Data, Origin, RollIn, States
 from .teacher import Teacher
 from ..solvers import ddim, Memory, Solver
 
@@ -24,7 +22,7 @@ from ..solvers import ddim, Memory, Solver
 __all__ = ['Rollout']
 
 # %% ../../nbs/03_rollins/06_rollout.ipynb #4bfd865d
-class Rollout:
+class Rollout(RollIn):
     """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update), else the teacher with its `stride` steps.
 
     `mixing`: one choice for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also where the student drives.
@@ -33,14 +31,15 @@ class Rollout:
     """
 
     def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None, beta: float | Ramp = 0.5, mixing: str = "batch",
-                 label: bool = True, solver: Solver = ddim, seed: int = 0, shard: Shard = Shard(), visit: str = "all"):
+                 label: bool = True, solver: Solver = ddim, source: Source | int = Source(), visit: str = "all"):
         if student.schedule != teacher.denoiser.schedule:
             raise ValueError(f"student and teacher must walk on one schedule, not {student.schedule} and {teacher.denoiser.schedule}")
-        if mixing not in ("batch", "sample") or visit not in ("all", "one"):
-            raise ValueError(f"mixing must be 'batch' or 'sample', and visit 'all' or 'one', not {mixing!r} and {visit!r}")
-        self.student, self.teacher, self.shape, self.data, self.mixing = student, teacher, tuple(shape), data, mixing
-        self.beta = beta if isinstance(beta, Ramp) else constant(beta)
-        self.label, self.solver, self.seed, self.shard, self.visit = label, solver, seed, shard, visit
+        if visit not in ("all", "one"):
+            raise ValueError(f"visit must be 'all' or 'one', not {visit!r}")
+        self.student, self.teacher, self.shape, self.data, self.mixing = student, teacher, tuple(shape), data, check_mixing(mixing)
+        self.beta = Ramp.of(beta)
+        self.label, self.solver, self.visit, self.source = label, solver, visit, Source.of(source).on(student.device)
+        self.asks_apart = mixing == "sample"  # each process asks for the rows that it drew
         self.tally = torch.zeros(3, dtype=torch.float64)  # transitions, those asked of the student, those it made
 
     @property
@@ -50,18 +49,17 @@ class Rollout:
 
     def trajectories(self, n: int, step: int) -> list[States]:
         """This process' share of `n` roll-outs: their states, node by node from noise on."""
-        rng, mine = generator(self.seed, "rollout", step), self.shard.share(n)
-        device, beta, stops = self.student.device, self.beta(step), self.teacher.student_grid.tolist()
-        noise = lambda like=None: torch.from_numpy(rng.standard_normal((n, *self.shape), dtype=np.float32)[mine]).to(device)
-        z, cond, x = self._begin(noise(), None if self.data is None else rng.integers(len(self.data), size=n)[mine])
-        last = len(stops) - 2 if self.visit == "all" else int(rng.integers(len(stops) - 1))
+        draws, beta, stops = self.source.draws("rollout", step, n=n), self.beta(step), self.teacher.student_grid.tolist()
+        noise = lambda like=None: draws.normal(self.shape)
+        z, cond, x = self._begin(noise(), None if self.data is None else draws.integers(len(self.data)))
+        last = len(stops) - 2 if self.visit == "all" else draws.one_integer(len(stops) - 1)
         origin, visited, training = np.full(len(z), Origin.NOISE), [], self.student.training
         self.student.eval()
         with torch.inference_mode():
             for place, s in enumerate(stops[1 : last + 2]):
-                z, t, origin = self._inside(z, place, cond, origin, noise, rng)
-                everyone = np.broadcast_to(rng.random(n if self.mixing == "sample" else 1) < beta, n)
-                chosen = everyone[mine]
+                z, t, origin = self._inside(z, place, cond, origin, noise, draws)
+                everyone = draws.coins(beta, each=self.mixing == "sample")
+                chosen = everyone[draws.rows]
                 wanted = self.visit == "all" or place == last
                 teacher_z = self.teacher.advance(z, t, cond, noise) if (self.label and wanted) or (place < last and not chosen.all()) else None
                 visited.append(self._states(z, t, cond, origin, teacher_z, x))
@@ -80,10 +78,10 @@ class Rollout:
         cond = None if self.data is None else map_cond(lambda c: c.to(noise.device), self.data.conditions(rows))
         return noise * self.student.schedule.prior_scale(self.teacher.stops[0]), cond, x
 
-    def _inside(self, z: Tensor, place: int, cond: Cond, origin: np.ndarray, noise: Callable[[Tensor], Tensor], rng: np.random.Generator) -> tuple[Tensor, float, np.ndarray]:
+    def _inside(self, z: Tensor, place: int, cond: Cond, origin: np.ndarray, noise: Callable[[Tensor], Tensor], draws: Draws) -> tuple[Tensor, float, np.ndarray]:
         """The state where a label is made: the student's node itself, or, if labels look less far ahead, one between it and the next."""
         stride, look = self.teacher.stride, self.teacher.look
-        t, ahead = self.teacher.stops[place * stride], int(rng.integers(stride // look)) * look if look < stride else 0
+        t, ahead = self.teacher.stops[place * stride], draws.one_integer(stride // look) * look if look < stride else 0
         if ahead == 0:
             return z, t, origin
         return self.teacher.advance(z, t, cond, noise, ahead), self.teacher.stops[place * stride + ahead], np.full(len(z), Origin.TEACHER)
@@ -107,13 +105,12 @@ class Rollout:
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         """States of as few roll-outs as hold `n` of them, all nodes alike."""
-        world = self.shard.world
+        world = self.source.shard.world
         enough = -(-n // (self.nodes * world)) * world
         with torch.inference_mode(False):
-            visited = cat_states([_ordinary(part) for part in self.trajectories(enough, step)])
+            visited = cat_states([states.map(Tensor.clone) for states in self.trajectories(enough, step)])  # autograd may save copies
         order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # whole trajectories first, not whole nodes
-        wanted = _wanted(self.shard, n, rows) - self.shard.share(n).start
-        return visited[order[wanted]]
+        return visited[order[self.source.rows(n, rows) - self.source.rows(n)[0]]]
 
     def log(self) -> dict[str, float]:
         """The share of transitions that the student was asked to make, and the share that it made, since the beginning."""
@@ -125,9 +122,3 @@ class Rollout:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.tally = state["tally"]
-
-# %% ../../nbs/03_rollins/06_rollout.ipynb #bf2faede
-def _ordinary(states: States) -> States:
-    """Copies that autograd may save (tensors made in inference mode it may not)."""
-    copy = lambda value: None if value is None else value.clone()
-    return replace(states, z=copy(states.z), cond=map_cond(copy, states.cond), x=copy(states.x), teacher_z=copy(states.teacher_z))

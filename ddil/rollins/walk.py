@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser, map_cond, with_inputs
-from ..diffusion.noise import generator, Shard
+from ..diffusion.noise import Source
 from ..diffusion.wrappers import Wrapper
-from .states import Data, Origin, States
+from .states import Data, Origin, RollIn, States
 from .teacher import Teacher
 from ..solvers import AnalyticFirstStep, ddim, walk
 
@@ -22,7 +22,7 @@ from ..solvers import AnalyticFirstStep, ddim, walk
 __all__ = ['Walk']
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #d2f684e0
-class Walk:
+class Walk(RollIn):
     """The student's own walk, one node per update: the batch of an update is where the student arrived in the one before (SFD, Zhou et al. 2024).
 
     `labeller`: "trajectory", the teacher's own walk from the same noise (published), or "teacher", the teacher asked again at the student's state (DAgger).
@@ -32,13 +32,14 @@ class Walk:
     """
 
     def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int], data: Data | None = None, labeller: str = "trajectory",
-                 driver: str = "student", seed: int = 0, shard: Shard = Shard()):
+                 driver: str = "student", source: Source | int = Source()):
         if labeller not in ("trajectory", "teacher") or driver not in ("student", "teacher") or (labeller, driver) == ("teacher", "teacher"):
             raise ValueError(f"labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
             raise ValueError("student and teachers must walk on one schedule, and labels be one step of the student ahead")
-        self.student, self.shape, self.data, self.labeller, self.driver, self.seed, self.shard = student, tuple(shape), data, labeller, driver, seed, shard
+        self.student, self.shape, self.data, self.labeller, self.driver = student, tuple(shape), data, labeller, driver
+        self.source = Source.of(source).on(student.device)
         self.walks, self.place = 0, 0          # walks begun, node of the last batch in the present one
         self.teacher = self._turn()            # the one of the present walk
         self.last: States | None = None        # the batch of the last update
@@ -46,15 +47,15 @@ class Walk:
 
     def _turn(self) -> Teacher:
         """Whose turn it is in the present walk."""
-        return self.teachers[int(generator(self.seed, "length", self.walks).integers(len(self.teachers)))]
+        return self.teachers[int(self.source.generator("length", self.walks).integers(len(self.teachers)))]
 
     def _begin(self, n: int) -> States:
         """A new walk: noise, conditions, and the teacher's states if these are the labels."""
         self.walks, self.place, self.path = self.walks + 1, 0, None
         self.teacher = self._turn()
-        rng, mine, device = generator(self.seed, "walk", self.walks), self.shard.share(n), self.student.device
-        z = torch.from_numpy(rng.standard_normal((n, *self.shape), dtype=np.float32)[mine]).to(device) * self.student.schedule.prior_scale(self.teacher.stops[0])
-        cond = None if self.data is None else map_cond(lambda c: c.to(device), self.data.conditions(rng.integers(len(self.data), size=n)[mine]))
+        draws, device = self.source.draws("walk", self.walks, n=n), self.source.device
+        z = draws.normal(self.shape) * self.student.schedule.prior_scale(self.teacher.stops[0])
+        cond = None if self.data is None else map_cond(lambda c: c.to(device), self.data.conditions(draws.integers(len(self.data))))
         if self.labeller == "trajectory":
             with torch.inference_mode():
                 path = list(walk(self.teacher.denoiser, z, self.teacher.grid.cpu(), cond, self.teacher.solver))[self.teacher.stride - 1 :: self.teacher.stride]
@@ -65,8 +66,8 @@ class Walk:
 
     def _states(self, z: Tensor, cond: Cond, origin: np.ndarray) -> States:
         t, s = (torch.full((len(z),), time, dtype=torch.float64, device=z.device) for time in self._times())
-        label = None if self.path is None else self.path[self.place]
-        return States(z, t, s, cond, origin, teacher_z=label, known=None if label is None else np.ones(len(z), bool))
+        labels = {} if self.path is None else {"teacher_z": self.path[self.place], "known": np.ones(len(z), bool)}
+        return States(z, t, s, cond, origin, **labels)
 
     def _times(self) -> tuple[float, float]:
         """The present node and the next."""
@@ -95,7 +96,7 @@ class Walk:
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         self.last = self._next(n)
-        return self.last if rows is None else self.last[np.flatnonzero(rows[self.shard.share(n)])]
+        return self.last if rows is None else self.last[np.flatnonzero(rows[self.source.rows(n)])]
 
     def log(self) -> dict[str, float]:
         return {"walks": self.walks}
@@ -104,21 +105,18 @@ class Walk:
         """Everything, as tensors of a flat dictionary."""
         if self.last is None:
             return {}
-        cond = self.last.cond if isinstance(self.last.cond, dict) else {"": self.last.cond}
-        tensors = {"z": self.last.z, "arrival": self.last.arrival, "path": self.path, **{f"cond.{key}": value for key, value in cond.items()}}
-        return {"counters": torch.tensor([self.walks, self.place]), "origin": torch.from_numpy(self.last.origin), **{key: value for key, value in tensors.items() if value is not None}}
+        path = {} if self.path is None else {"path": self.path}
+        return {"counters": torch.tensor([self.walks, self.place]), **path, **self.last.flat()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if not state:
             return
         self.walks, self.place = (int(value) for value in state["counters"])
         self.teacher = self._turn()
-        device = self.student.device
-        put = lambda key: state[key].to(device) if key in state else None
-        cond = {key.removeprefix("cond."): put(key) for key in state if key.startswith("cond.")}
-        self.path = put("path")
-        self.last = self._states(put("z"), cond.get("", cond or None), state["origin"].numpy().copy())
-        self.last.arrival = put("arrival")
+        tensors = {key: value.to(self.source.device, copy=True) for key, value in state.items()}
+        self.path = tensors.get("path")
+        here = self._states(tensors["z"], None, np.zeros(len(tensors["z"]), int))  # what an older checkpoint does not repeat
+        self.last = States.from_flat({**here.flat(), **tensors})
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
 def _is_analytic(student: Denoiser, t: float) -> bool:

@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor, DTensor
 
 from ..diffusion.denoiser import Denoiser
+from ..rollins.states import RollIn
 
 # %% auto #0
-__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'Replicated', 'networks_of', 'asks_apart',
-           'shard', 'Sharded', 'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
+__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'Replicated', 'networks_of', 'shard', 'Sharded',
+           'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
 
 # %% ../../nbs/06_training/05_parallel.ipynb #a21bc242
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -87,7 +88,7 @@ class Replicated:
     def __init__(self, accelerator: Accelerator, clip: float = 1.0):
         self.accelerator, self.clip = accelerator, clip
 
-    def check(self, networks: dict[str, nn.Module], rollin: object, optimizer: str) -> None:
+    def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
         """Raise ValueError for what this distribution cannot train, before anything is placed."""
 
     def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -165,11 +166,6 @@ def networks_of(module: nn.Module) -> list[nn.Module]:
     return [network for child in module.children() for network in networks_of(child)]
 
 
-def asks_apart(rollin: object) -> bool:
-    """Whether a roll-in, or one inside it, may call networks on some processes only."""
-    inner = [*getattr(rollin, "parts", {}).values(), *(getattr(rollin, name, None) for name in ("rollout", "rollin"))]
-    return getattr(rollin, "mixing", "batch") == "sample" or any(asks_apart(one) for one in inner if one is not None)
-
 # %% ../../nbs/06_training/05_parallel.ipynb #c2d138a4
 def shard(module: nn.Module, **options) -> None:
     """Leave each process its share of the networks in `module`, in place. `options`: those of torch's fully_shard."""
@@ -196,14 +192,14 @@ class Sharded(Replicated):
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         self.policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
 
-    def check(self, networks: dict[str, nn.Module], rollin: object, optimizer: str) -> None:
+    def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError("FSDP2 trains in precision 'no' or 'bf16' here, not 'fp16': choose bf16, or the distribution 'ddp'")
         if optimizer == "adamw8bit":
             raise ValueError("the optimiser 'adamw8bit' does not know sharded parameters: choose 'adamw', or the distribution 'ddp'")
         if shared := [name for name, network in networks.items() if any(getattr(part, "shares_network", False) for part in network.modules())]:
             raise ValueError(f"FSDP2 shares out whole networks, and {', '.join(shared)} consists of adapters on a frozen one that others use, too: choose the distribution 'ddp'")
-        if asks_apart(rollin):
+        if rollin.asks_apart:
             raise ValueError("under FSDP2 all processes must call the networks together, and with mixing='sample' each calls them for the rows that it drew: "
                              "choose mixing='batch', or the distribution 'ddp'")
 
@@ -247,7 +243,7 @@ class ZeRO2(Replicated):
 
     name = "zero2"
 
-    def check(self, networks: dict[str, nn.Module], rollin: object, optimizer: str) -> None:
+    def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
         if len(networks) > 1 or optimizer == "adamw8bit":
             raise ValueError(f"ZeRO-2 trains one network with the optimiser 'adamw', not {', '.join(networks)} with {optimizer!r}: choose the distribution 'ddp'")
 
