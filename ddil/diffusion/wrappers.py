@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser, cast, cat_cond, coefficients, split_inputs, with_inputs
 from .schedule import Schedule, Time, schedule_from_dict, schedule_to_dict
 
 # %% auto #0
-__all__ = ['WRAPPERS', 'saveable', 'Wrapper', 'innermost', 'Guided', 'Told', 'Threshold', 'Reflected', 'Rescheduled']
+__all__ = ['WRAPPERS', 'saveable', 'Wrapper', 'Guided', 'Told', 'Threshold', 'Reflected', 'Rescheduled', 'innermost']
 
 # %% ../../nbs/01_diffusion/05_wrappers.ipynb #deb35cdf
 WRAPPERS: dict[str, type[Wrapper]] = {}  # by name: those that are saved and read with a sampler
@@ -27,36 +27,23 @@ def saveable(wrapper: type[Wrapper]) -> type[Wrapper]:
     return wrapper
 
 # %% ../../nbs/01_diffusion/05_wrappers.ipynb #c1cb653d
+def _of_the_inner(name: str) -> property:
+    return property(lambda wrapper: getattr(wrapper.denoiser, name))
+
+
 class Wrapper(Denoiser):
     """A denoiser around a denoiser: what it does not change is the inner one's."""
+
+    evaluations = _of_the_inner("evaluations")
+    guidance_distilled = _of_the_inner("guidance_distilled")
+    inputs = _of_the_inner("inputs")
+    prediction = _of_the_inner("prediction")
+    narrowest = _of_the_inner("narrowest")
+    knows_null = _of_the_inner("knows_null")
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule | None = None):
         super().__init__(schedule or denoiser.schedule)
         self.denoiser = denoiser
-
-    @property
-    def evaluations(self) -> int:
-        return self.denoiser.evaluations
-
-    @property
-    def guidance_distilled(self) -> bool:
-        return self.denoiser.guidance_distilled
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.denoiser.inputs
-
-    @property
-    def prediction(self) -> str:
-        return self.denoiser.prediction
-
-    @property
-    def narrowest(self) -> str | None:
-        return self.denoiser.narrowest
-
-    @property
-    def knows_null(self) -> bool:
-        return self.denoiser.knows_null
 
     def named_layers(self) -> dict[str, nn.Module]:
         return self.denoiser.named_layers()
@@ -75,13 +62,6 @@ class Wrapper(Denoiser):
     def restored(cls, denoiser: Denoiser, **saved: Any) -> Wrapper:
         """The wrapper around `denoiser` that said `saved` of itself."""
         return cls(denoiser, **saved)
-
-
-def innermost(denoiser: Denoiser) -> Denoiser:
-    """The denoiser inside all wrappers: the one with the weights and the counter of evaluations."""
-    while isinstance(denoiser, Wrapper):
-        denoiser = denoiser.denoiser
-    return denoiser
 
 # %% ../../nbs/01_diffusion/05_wrappers.ipynb #5335abc7
 @saveable
@@ -232,3 +212,10 @@ class Rescheduled(Wrapper):
     @classmethod
     def restored(cls, denoiser: Denoiser, **saved: Any) -> Rescheduled:
         return cls(denoiser, schedule_from_dict(saved["schedule"]))
+
+# %% ../../nbs/01_diffusion/05_wrappers.ipynb #1nn3rm05
+def innermost(denoiser: Denoiser) -> Denoiser:
+    """The denoiser inside all wrappers: the one with the weights and the counter of evaluations."""
+    while isinstance(denoiser, Wrapper):
+        denoiser = denoiser.denoiser
+    return denoiser

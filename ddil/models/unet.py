@@ -7,82 +7,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ddil.diffusion.denoiser import (
-    coefficients,
-    Cond,
-    Denoiser,
-    FurtherInputs,
-    INPUTS,
-    PREDICTIONS,
-    readable,
-    split_inputs,
-    to_x,
-    with_inputs,
+    INPUTS, PREDICTIONS, Cond, Denoiser, FurtherInputs, coefficients, readable, split_inputs, to_x, with_inputs,
 )
 from ..diffusion.schedule import Schedule, Time
 
 # %% auto #0
-__all__ = ['NetworkDenoiser', 'ClassDenoiser', 'TextDenoiser', 'check_labels']
+__all__ = ['NetworkHolder', 'TakesInputs', 'check_inputs', 'NetworkDenoiser', 'ClassDenoiser', 'check_labels', 'TextDenoiser']
 
-# %% ../../nbs/07_models/01_unet.ipynb #7000a745
-class NetworkDenoiser(Denoiser):
-    """A network that outputs `prediction` (one of PREDICTIONS), told the time as the discrete index `knots` t - 1, and further `inputs` if it takes any."""
+# %% ../../nbs/07_models/01_unet.ipynb #bf80f7aa
+class NetworkHolder(Denoiser):
+    """A denoiser with a `network` of its own, or with one that it shares."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        schedule: Schedule,
-        prediction: str = "v",
-        knots: int = 1000,
-        inputs: Sequence[str] = (),
-    ):
-        super().__init__(schedule)
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
-        if unknown := set(inputs) - set(INPUTS):
-            raise ValueError(f"unknown inputs {', '.join(sorted(unknown))}; known are {', '.join(INPUTS)}")
-        self.network, self.prediction, self.knots, self.inputs = network, prediction, knots, tuple(inputs)
-        self.further = FurtherInputs(inputs, network.time_embedding.linear_2.out_features) if inputs else None
-        self._first = (
-            next(network.parameters(), None),
-        )  # in a tuple, so that it is not registered twice; diffusers' own dtype walks the whole network
+    network: nn.Module
+    shares_network: bool = False
 
-    def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
-        index = t * self.knots - 1
-        index = index.float() if isinstance(t, Tensor) else torch.full((len(z),), index, device=z.device)
-        dtype = z.dtype if self._first[0] is None else self._first[0].dtype
-        plain, further = split_inputs(cond)
-        with _adding(self.network, self._embedding(further)):
-            output = self.output(z if z.dtype == dtype else z.to(dtype), index, plain)
-        return to_x(self.prediction, output.to(z.dtype), z, *coefficients(self.schedule, t, z))
+    @property
+    def saved_as(self) -> str:
+        """The name of the class that a saved copy of this denoiser is read as."""
+        return type(self).__name__
 
-    def _embedding(self, values: dict[str, Tensor]) -> Tensor | None:
-        missing, strange = set(self.inputs) - set(values), {"guidance_scale"} & set(values) - set(self.inputs)
-        if missing or strange:
-            raise ValueError(
-                f"this denoiser takes the inputs {list(self.inputs)}, and the condition has {sorted(values)}: see with_inputs, and Denoiser.taking for students that take more"
-            )
-        return None if self.further is None else self.further(values)
+    def saved(self) -> dict[str, Any]:
+        """What makes this denoiser anew, besides its network, schedule and buffers: JSON-ready values."""
+        return {}
 
-    def taking(self, *names: str) -> NetworkDenoiser:
-        """A copy that takes these further inputs, too; until it is trained it does what this one does, whatever their values."""
-        student = copy.deepcopy(self)
-        student.inputs = (*self.inputs, *names)
-        layers = FurtherInputs(student.inputs, self.network.time_embedding.linear_2.out_features).to(self.device)
-        if self.further is not None:
-            layers.layers.update(student.further.layers)
-        student.further = layers
-        return student
+    def whole(self) -> nn.Module:
+        """The network with all that this denoiser adds to it, for others to use."""
+        return self.network
 
-    def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:
-        """What the network itself says; index: (n,) float32."""
-        raise NotImplementedError
+    def named_layers(self) -> dict[str, nn.Module]:
+        """The network's own layers, by their names in it."""
+        return dict(self.network.named_modules())
 
     @property
     def narrowest(self) -> str | None:
@@ -92,46 +54,67 @@ class NetworkDenoiser(Denoiser):
         down = len(getattr(self.network, "down_blocks", ()))
         return f"down_blocks.{down - 1}" if down else getattr(self.network, "narrowest", None)
 
-    def named_layers(self) -> dict[str, nn.Module]:
-        """The network's own layers."""
-        return dict(self.network.named_modules())
-
-    # What others may not do with the network itself, because some denoisers share theirs (see `ddil.models.adapters`).
-
-    shares_network: bool = False
-
-    @property
-    def saved_as(self) -> str:
-        """The class that a saved copy of this denoiser is read as."""
-        return type(self).__name__
-
-    def whole(self) -> nn.Module:
-        """The network with all that this denoiser adds to it, for others to use."""
-        return self.network
-
     def checkpoint_gradients(self) -> None:
-        """Let the network compute activations again in the backward pass instead of keeping them."""
+        """Let the network compute its activations again in the backward pass instead of keeping them."""
         self.network.enable_gradient_checkpointing()
 
-# %% ../../nbs/07_models/01_unet.ipynb #df09a5f4
+# %% ../../nbs/07_models/01_unet.ipynb #975c95f1
+class TakesInputs(NetworkHolder):
+    """A denoiser whose network takes the further `inputs`, of INPUTS. Raises ValueError for an unknown one."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule, inputs: Sequence[str] = ()):
+        super().__init__(schedule)
+        if unknown := set(inputs) - set(INPUTS):
+            raise ValueError(f"unknown inputs {', '.join(sorted(unknown))}; known are {', '.join(INPUTS)}")
+        self.network, self.inputs = network, tuple(inputs)
+        self.further = FurtherInputs(inputs, self.time_embedding.linear_2.out_features) if inputs else None
+
+    @property
+    def time_embedding(self) -> nn.Module:
+        """The layer to whose output further inputs are added; its width is that of its `linear_2`."""
+        return self.network.time_embedding
+
+    @contextmanager
+    def hearing(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Within it, the network takes these further inputs, (n,) each. Raises ValueError for others than `inputs`."""
+        check_inputs(self.inputs, values)
+        with nullcontext() if self.further is None else _adding(self.time_embedding, self.further(values)):
+            yield
+
+    def taking(self, *names: str) -> TakesInputs:
+        """A copy that takes these inputs, too. Until it is trained it does what this one does, whatever they are."""
+        student = copy.deepcopy(self)
+        student.inputs = (*self.inputs, *names)
+        layers = FurtherInputs(student.inputs, self.time_embedding.linear_2.out_features).to(self.device)
+        if self.further is not None:
+            layers.layers.update(student.further.layers)
+        student.further = layers
+        return student
+
+# %% ../../nbs/07_models/01_unet.ipynb #7dda66d4
 @contextmanager
-def _adding(network: nn.Module, extra: Tensor | None) -> Iterator[None]:
-    """Within it, `extra` is added to the time embedding."""
-    if extra is None:
-        yield
-        return
-    handle = network.time_embedding.register_forward_hook(
-        lambda module, arguments, output: output + extra.to(output.dtype)
-    )
+def _adding(layer: nn.Module, extra: Tensor) -> Iterator[None]:
+    """Within it, `extra` is added to the output of the layer."""
+    handle = layer.register_forward_hook(lambda module, arguments, output: output + extra.to(output.dtype))
     try:
         yield
     finally:
         handle.remove()
 
-# %% ../../nbs/07_models/01_unet.ipynb #e67cd7cf
-class ClassDenoiser(NetworkDenoiser):
-    """A diffusers `UNet2DModel`, or a network called like one; cond: (n,) integer labels in [0, num_classes], where num_classes is the null label,
-    or None if it has no classes. `patch`: side of the square of pixels that the network sees as channels of one (1: pixels as they are)."""
+
+def check_inputs(inputs: Sequence[str], values: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `values` has all of `inputs`, and no guidance scale that is not among them."""
+    missing, strange = set(inputs) - set(values), {"guidance_scale"} & set(values) - set(inputs)
+    if missing or strange:
+        raise ValueError(f"this denoiser takes the inputs {list(inputs)}, and the condition has {sorted(values)}: "
+                         "see with_inputs, and Denoiser.taking for students that take more")
+
+# %% ../../nbs/07_models/01_unet.ipynb #7000a745
+class NetworkDenoiser(TakesInputs):
+    """A network that outputs `prediction`, one of PREDICTIONS. A family of networks defines `output`.
+
+    `knots`: the number of discrete times at which the network was trained.
+    Raises ValueError for an unknown prediction."""
 
     def __init__(
         self,
@@ -139,7 +122,48 @@ class ClassDenoiser(NetworkDenoiser):
         schedule: Schedule,
         prediction: str = "v",
         knots: int = 1000,
-        patch: int = 1,
+        inputs: Sequence[str] = (),
+    ):
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
+        super().__init__(network, schedule, inputs)
+        self.prediction, self.knots = prediction, knots
+        # in a tuple, so that it is not registered twice; diffusers' own dtype walks through the whole network
+        self._first = (next(network.parameters(), None),)
+
+    def network_time(self, t: Time) -> Time:
+        """The time that the network is given at `t`: the index of a discrete model. Other families count otherwise."""
+        return t * self.knots - 1
+
+    def output(self, z: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The network's answer, as `prediction` defines it; time: (n,) float32; cond: without further inputs."""
+        raise NotImplementedError
+
+    def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
+        plain, further = split_inputs(cond)
+        dtype = z.dtype if self._first[0] is None else self._first[0].dtype
+        with self.hearing(further):
+            output = self.output(z if z.dtype == dtype else z.to(dtype), _each(self.network_time(t), z), plain)
+        return to_x(self.prediction, output.to(z.dtype), z, *coefficients(self.schedule, t, z))
+
+    def saved(self) -> dict[str, Any]:
+        options = {"prediction": self.prediction, "knots": self.knots}
+        return options | ({"inputs": list(self.inputs)} if self.inputs else {})
+
+# %% ../../nbs/07_models/01_unet.ipynb #df09a5f4
+def _each(time: Time, z: Tensor) -> Tensor:
+    """(n,) float32: the time of each sample."""
+    return time.float() if isinstance(time, Tensor) else torch.full((len(z),), time, device=z.device)
+
+# %% ../../nbs/07_models/01_unet.ipynb #e67cd7cf
+class ClassDenoiser(NetworkDenoiser):
+    """A diffusers `UNet2DModel`, or a network called like one.
+
+    cond: (n,) integer labels in [0, num_classes], where num_classes is the null label, or None if it has no classes.
+    `patch`: side of the square of pixels that the network sees as channels of one (1: pixels as they are)."""
+
+    def __init__(
+        self, network: nn.Module, schedule: Schedule, prediction: str = "v", knots: int = 1000, patch: int = 1,
         inputs: Sequence[str] = (),
     ):
         super().__init__(network, schedule, prediction, knots, inputs)
@@ -150,10 +174,10 @@ class ClassDenoiser(NetworkDenoiser):
         embeddings = self.network.config.num_class_embeds
         return None if embeddings is None else embeddings - 1
 
-    def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:
+    def output(self, z: Tensor, time: Tensor, cond: Cond) -> Tensor:
         self.check_condition(cond, len(z))
         patches = z if self.patch == 1 else pixel_unshuffle(z, self.patch)
-        output = self.network(patches, index, class_labels=cond, return_dict=False)[0]
+        output = self.network(patches, time, class_labels=cond, return_dict=False)[0]
         return output if self.patch == 1 else pixel_shuffle(output, self.patch)
 
     def check_condition(self, cond: Cond, n: int) -> None:
@@ -170,33 +194,46 @@ class ClassDenoiser(NetworkDenoiser):
     def knows_null(self) -> bool:
         return self.num_classes is not None
 
+    def saved(self) -> dict[str, Any]:
+        return super().saved() | {"patch": self.patch}
+
+# %% ../../nbs/07_models/01_unet.ipynb #08ac094f
+def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
+    """Raise ValueError unless `cond` holds `n` labels in [0, num_classes] (the range is looked at on the CPU only)."""
+    if num_classes is None:
+        if cond is not None:
+            raise ValueError("this denoiser has no classes: pass cond=None")
+        return
+    if not isinstance(cond, Tensor) or cond.shape != (n,) or cond.is_floating_point():
+        kind = f"{cond.dtype} of shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
+        raise ValueError(f"the condition must be {n} integer labels, not {kind}")
+    if readable(cond) and (cond.min() < 0 or cond.max() > num_classes):
+        raise ValueError(f"labels must be in [0, {num_classes}] ({num_classes} means no condition), "
+                         f"not from {cond.min()} to {cond.max()}")
+
 # %% ../../nbs/07_models/01_unet.ipynb #3d3a7c13
 class TextDenoiser(NetworkDenoiser):
-    """A diffusers `UNet2DConditionModel`; cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds
-    ("text_embeds", "time_ids"). For guidance: `null_embedding`, (tokens, width), and SDXL's pooled `null_text_embeds`, (width,), of no prompt."""
+    """A diffusers `UNet2DConditionModel`.
+
+    cond: (n, tokens, width) text embeddings, or a dictionary with "embeddings" and what SDXL adds ("text_embeds",
+    "time_ids"). For guidance: `null_embedding`, (tokens, width), and SDXL's pooled `null_text_embeds`, (width,),
+    both of the empty prompt."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        schedule: Schedule,
-        prediction: str = "eps",
-        null_embedding: Tensor | None = None,
-        knots: int = 1000,
-        inputs: Sequence[str] = (),
-        null_text_embeds: Tensor | None = None,
+        self, network: nn.Module, schedule: Schedule, prediction: str = "eps", null_embedding: Tensor | None = None,
+        knots: int = 1000, inputs: Sequence[str] = (), null_text_embeds: Tensor | None = None,
     ):
         super().__init__(network, schedule, prediction, knots, inputs)
         self.register_buffer("null_embedding", null_embedding)
         self.register_buffer("null_text_embeds", null_text_embeds)
 
-    def output(self, z: Tensor, index: Tensor, cond: Cond) -> Tensor:
+    def output(self, z: Tensor, time: Tensor, cond: Cond) -> Tensor:
         self.check_condition(cond, len(z))
         parts = cond if isinstance(cond, dict) else {"embeddings": cond}
-        parts = {key: value.to(z.dtype) for key, value in parts.items()}
-        embeddings = parts.pop("embeddings")
-        return self.network(
-            z, index, encoder_hidden_states=embeddings, added_cond_kwargs=parts or None, return_dict=False
-        )[0]
+        added = {key: value.to(z.dtype) for key, value in parts.items()}
+        embeddings = added.pop("embeddings")
+        options = {"encoder_hidden_states": embeddings, "added_cond_kwargs": added or None, "return_dict": False}
+        return self.network(z, time, **options)[0]
 
     def check_condition(self, cond: Cond, n: int) -> None:
         plain = split_inputs(cond)[0]
@@ -209,31 +246,18 @@ class TextDenoiser(NetworkDenoiser):
         pooled = isinstance(plain, dict)
         if self.null_embedding is None or plain is None or (pooled and self.null_text_embeds is None):
             return super().null_condition(plain)
-        like = plain["embeddings"] if pooled else plain
-        null = self.null_embedding.to(like.dtype).expand(len(like), -1, -1)
-        if pooled:  # size and crop are no part of the prompt: they stay
-            null = {
-                **plain,
-                "embeddings": null,
-                "text_embeds": self.null_text_embeds.to(like.dtype).expand(len(like), -1),
-            }
+        null = _without_prompt(plain, self.null_embedding, self.null_text_embeds)
         return with_inputs(null, **further) if further else null
 
     @property
     def knows_null(self) -> bool:
         return self.null_embedding is not None
 
-# %% ../../nbs/07_models/01_unet.ipynb #2230283e
-def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
-    """Raise ValueError unless `cond` holds `n` labels in [0, num_classes] (the range is looked at on the CPU only)."""
-    if num_classes is None:
-        if cond is not None:
-            raise ValueError("this denoiser has no classes: pass cond=None")
-        return
-    if not isinstance(cond, Tensor) or cond.shape != (n,) or cond.is_floating_point():
-        got = f"{cond.dtype} of shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
-        raise ValueError(f"the condition must be {n} integer labels, not {got}")
-    if readable(cond) and (cond.min() < 0 or cond.max() > num_classes):
-        raise ValueError(
-            f"labels must be in [0, {num_classes}] ({num_classes} means no condition), not from {cond.min()} to {cond.max()}"
-        )
+# %% ../../nbs/07_models/01_unet.ipynb #ba742956
+def _without_prompt(plain: Tensor | dict[str, Tensor], embedding: Tensor, pooled: Tensor | None) -> Cond:
+    """The condition with the embeddings of no prompt."""
+    like = plain["embeddings"] if isinstance(plain, dict) else plain
+    null = embedding.to(like.dtype).expand(len(like), -1, -1)
+    if not isinstance(plain, dict):
+        return null
+    return {**plain, "embeddings": null, "text_embeds": pooled.to(like.dtype).expand(len(like), -1)}

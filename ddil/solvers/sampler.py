@@ -8,115 +8,116 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
 import ddil
-from ..diffusion import small_networks
 from ..diffusion.denoiser import Cond, Denoiser
-from ..diffusion.wrappers import Guided, innermost, Reflected, Rescheduled, Threshold, Told
-from ..files import read_tensors, seal, unseal, write_tensors
 from ..diffusion.grids import check_grid, uniform_grid
 from ..diffusion.schedule import schedule_from_dict, schedule_to_dict
-from . import AnalyticFirstStep, Solver, sample, solver_by_name
+from ..diffusion.wrappers import WRAPPERS, Wrapper, innermost
+from ..files import read_tensors, seal, unseal, write_tensors
+from . import Solver, sample, solver_by_name
 from .amed import AMED
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ADAPTERS', 'WRAPPERS', 'describe', 'rebuild', 'Sampler']
+__all__ = ['NETWORKS', 'ADAPTERS', 'describe', 'rebuild', 'Sampler']
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #725a058d
-NETWORKS = {
-    "UNet2DModel": diffusers.UNet2DModel,
-    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
-    "MLP": small_networks.MLP,
-}
-ADAPTERS = {
-    "ClassDenoiser": "ddil.models.unet",
-    "TextDenoiser": "ddil.models.unet",
-}  # where each is defined, loaded when a folder asks for it
+NETWORKS = {"UNet2DModel": "diffusers", "UNet2DConditionModel": "diffusers", "MLP": "ddil.diffusion.small_networks"}
+ADAPTERS = {"ClassDenoiser": "ddil.models.unet", "TextDenoiser": "ddil.models.unet"}
+
+
+def _class(table: dict[str, str], name: str) -> type:
+    return getattr(import_module(table[name]), name)
+
+
+def _unknown(adapter: object, network: object) -> str:
+    """The complaint about a pair of classes, or nothing where both are known."""
+    if adapter in ADAPTERS and network in NETWORKS:
+        return ""
+    return f"a {adapter} of a {network}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}"
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #d1ffd44a
-def describe(denoiser: Denoiser) -> dict:
-    """JSON-ready description of a network's adapter, schedule and wrappers. Raises ValueError for what cannot be rebuilt from a description."""
-    wrappers: list[dict] = []
-    base = innermost(denoiser)
-    while denoiser is not base:
-        if isinstance(denoiser, Guided):
-            wrappers.insert(0, {"name": "Guided", "guidance_scale": denoiser.guidance_scale})
-        elif isinstance(denoiser, AnalyticFirstStep):
-            wrappers.insert(0, {"name": "AnalyticFirstStep", "at": denoiser.at})
-        elif isinstance(denoiser, Told):
-            wrappers.insert(0, {"name": "Told", **denoiser.values})
-        elif isinstance(denoiser, Rescheduled):
-            wrappers.insert(0, {"name": "Rescheduled", "schedule": schedule_to_dict(denoiser.schedule)})
-        elif isinstance(denoiser, Reflected):
-            wrappers.insert(0, {"name": "Reflected", **asdict(denoiser.threshold)})
-        else:
-            raise ValueError(f"a {type(denoiser).__name__} wrapper cannot be saved; save the denoiser inside it")
+def describe(denoiser: Denoiser) -> dict[str, Any]:
+    """The JSON-ready description of a network's adapter, schedule and wrappers.
+
+    Raises ValueError for what cannot be made anew from a description."""
+    wrappers: list[dict[str, Any]] = []
+    while isinstance(denoiser, Wrapper):
+        name = type(denoiser).__name__
+        if WRAPPERS.get(name) is not type(denoiser):
+            raise ValueError(f"a {name} wrapper cannot be saved; save the denoiser inside it")
+        wrappers.insert(0, {"name": name, **denoiser.saved()})
         denoiser = denoiser.denoiser
-    network, adapter = type(getattr(base, "network", base)).__name__, getattr(base, "saved_as", type(base).__name__)
-    if adapter not in ADAPTERS or network not in NETWORKS:
-        raise ValueError(
-            f"cannot save a {type(base).__name__} of a {network}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}"
-        )
-    options = {"patch": base.patch} if hasattr(base, "patch") else {}
-    options |= {"inputs": list(base.inputs)} if base.inputs else {}
-    return {
-        "adapter": adapter,
-        "network": network,
-        "schedule": schedule_to_dict(base.schedule),
-        "prediction": base.prediction,
-        "knots": base.knots,
-        **options,
-        "guidance_distilled": base.guidance_distilled,
-        "wrappers": wrappers,
-    }
+    adapter = getattr(denoiser, "saved_as", type(denoiser).__name__)
+    network = type(getattr(denoiser, "network", denoiser)).__name__
+    if complaint := _unknown(adapter, network):
+        raise ValueError(f"cannot save {complaint}")
+    return {"adapter": adapter, "network": network, "schedule": schedule_to_dict(denoiser.schedule),
+            **denoiser.saved(), "guidance_distilled": denoiser.guidance_distilled, "wrappers": wrappers}
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #913269ef
-WRAPPERS = {
-    "Guided": Guided,
-    "AnalyticFirstStep": AnalyticFirstStep,
-    "Told": Told,
-    "Rescheduled": lambda denoiser, schedule: Rescheduled(denoiser, schedule_from_dict(schedule)),
-    "Reflected": lambda denoiser, **options: Reflected(denoiser, Threshold(**options)),
-}
-
-
-def rebuild(description: dict, folder: Path) -> Denoiser:
-    """The denoiser of a description, with the weights in `folder`. Raises ValueError for what this version does not know."""
-    known = dict(description)
-    if known.get("adapter") not in ADAPTERS or known.get("network") not in NETWORKS:
-        raise ValueError(
-            f"{folder} holds a {known.get('adapter')} of a {known.get('network')}: known are {', '.join(ADAPTERS)} of {', '.join(NETWORKS)}"
-        )
-    name, wrappers, distilled = known.pop("adapter"), known.pop("wrappers"), known.pop("guidance_distilled")
-    adapter = getattr(import_module(ADAPTERS[name]), name)
-    network = NETWORKS[known.pop("network")].from_pretrained(
-        folder / "network", use_safetensors=True, local_files_only=True
-    )
-    buffers = read_tensors(folder / "buffers.safetensors") if (folder / "buffers.safetensors").exists() else {}
-    denoiser: Denoiser = adapter(network, schedule_from_dict(known.pop("schedule")), **known, **buffers)
+def rebuild(description: dict[str, Any], folder: Path) -> Denoiser:
+    """The denoiser of a description, with the weights in `folder`. Raises ValueError for what is not known here."""
+    options = dict(description)
+    if complaint := _unknown(options.get("adapter"), options.get("network")):
+        raise ValueError(f"{folder} holds {complaint}")
+    wrappers, distilled = options.pop("wrappers"), options.pop("guidance_distilled")
+    adapter, network = _class(ADAPTERS, options.pop("adapter")), _class(NETWORKS, options.pop("network"))
+    schedule = schedule_from_dict(options.pop("schedule"))
+    weights = network.from_pretrained(folder / "network", use_safetensors=True, local_files_only=True)
+    denoiser: Denoiser = adapter(weights, schedule, **options, **_tensors(folder / "buffers.safetensors"))
     denoiser.guidance_distilled = distilled
     if denoiser.further is not None:
         denoiser.further.load_state_dict(read_tensors(folder / "inputs.safetensors"))
-    for wrapper in wrappers:
-        if wrapper["name"] not in WRAPPERS:
-            raise ValueError(f"{folder} holds a {wrapper['name']} wrapper: known are {', '.join(WRAPPERS)}")
-        denoiser = WRAPPERS[wrapper["name"]](
-            denoiser, **{key: value for key, value in wrapper.items() if key != "name"}
-        )
-    return denoiser.eval().requires_grad_(False)
+    return _wrapped(denoiser, wrappers, folder).eval().requires_grad_(False)
+
+
+def _wrapped(denoiser: Denoiser, wrappers: list[dict[str, Any]], folder: Path) -> Denoiser:
+    for values in wrappers:
+        options = dict(values)
+        if (name := options.pop("name")) not in WRAPPERS:
+            raise ValueError(f"{folder} holds a {name} wrapper: known are {', '.join(WRAPPERS)}")
+        denoiser = WRAPPERS[name].restored(denoiser, **options)
+    return denoiser
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return read_tensors(path) if path.exists() else {}
+
+# %% ../../nbs/02_solvers/08_sampler.ipynb #76ea0264
+def _solver_to(solver: str | AMED, options: dict[str, Any]) -> dict[str, Any]:
+    """The part of a description that names the solver."""
+    if isinstance(solver, AMED):
+        return {"solver": "amed", "solver_options": solver.options, "solver_provenance": solver.provenance}
+    return {"solver": solver, "solver_options": options, "solver_provenance": {}}
+
+
+def _solver_from(
+    description: dict[str, Any], folder: Path, device: str | torch.device
+) -> tuple[str | AMED, dict[str, Any]]:
+    """The solver that a description names, and its options."""
+    if description["solver"] != "amed":
+        return description["solver"], description["solver_options"]
+    learned = AMED(**description["solver_options"])
+    learned.load_state_dict(read_tensors(folder / "solver.safetensors"))
+    learned.provenance = description["solver_provenance"]
+    return learned.to(device).eval().requires_grad_(False), {}
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #9e12e579
 @dataclass
 class Sampler:
-    """A denoiser with the way it is meant to be sampled. `shape`: of one sample; `solver`: a name, with `solver_options` such as {"order": 3}, or a trained AMED;
-    `guidance_scale`: of the teacher that it imitates, if any (the student itself is not to be guided again); `provenance`: how it was made, plain values."""
+    """A denoiser with the way it is meant to be sampled.
+
+    `shape`: of one sample. `solver`: a name, with `solver_options` such as {"order": 3}, or a trained AMED.
+    `guidance_scale`: of the teacher that it imitates, if any (the student itself is not to be guided again).
+    `provenance`: how it was made, in plain values. Raises ValueError for an unknown solver, option or grid."""
 
     denoiser: Denoiser
     grid: Tensor
@@ -133,11 +134,11 @@ class Sampler:
     @property
     def step(self) -> Solver:
         """The solver's step function."""
-        if isinstance(self.solver, AMED):
-            if self.solver_options:
-                raise ValueError(f"AMED carries its options; it takes no solver_options {self.solver_options}")
-            return self.solver
-        return solver_by_name(self.solver, **self.solver_options)
+        if not isinstance(self.solver, AMED):
+            return solver_by_name(self.solver, **self.solver_options)
+        if self.solver_options:
+            raise ValueError(f"AMED carries its options; it takes no solver_options {self.solver_options}")
+        return self.solver
 
     @property
     def steps(self) -> int:
@@ -145,100 +146,64 @@ class Sampler:
         return len(self.grid) - 1
 
     def sample(
-        self,
-        ids: Sequence[int],
-        cond: Cond = None,
-        *,
-        steps: int | None = None,
-        force: bool = False,
-        seed: int = 0,
-        batch_size: int = 256,
-        trajectory: bool = False,
-        progress: bool = False,
-        report: dict[str, float] | None = None,
+        self, ids: Sequence[int], cond: Cond = None, *, steps: int | None = None, force: bool = False, **options: Any
     ) -> Tensor:
-        """Samples for `ids`, as `ddil.solvers.sample`, which may `report` the evaluations it made. Other `steps` than it was made for are refused unless `force` (then on a uniform grid)."""
-        grid = self.grid
-        if steps is not None and steps != self.steps:
-            if not force:
-                raise ValueError(
-                    f"this student was made for {self.steps} steps at t = {[round(t, 4) for t in grid.tolist()]}, not {steps}; force=True samples it anyway"
-                )
-            grid = uniform_grid(steps, grid[0].item(), grid[-1].item())
-        return sample(
-            self.denoiser,
-            ids,
-            self.shape,
-            grid,
-            cond,
-            self.step,
-            seed=seed,
-            batch_size=batch_size,
-            trajectory=trajectory,
-            progress=progress,
-            report=report,
-        )
+        """Samples for `ids`, as `ddil.solvers.sample` makes them, which takes the `options` (seed, batch_size, …).
+
+        Raises ValueError for other `steps` than it was made for, unless `force` asks for them on a uniform grid."""
+        return sample(self.denoiser, ids, self.shape, _grid_of(self, steps, force), cond, self.step, **options)
 
     def save(self, folder: str | Path) -> Path:
         """Write the sampler to `folder`, replacing what was there only when all is written. Returns the folder."""
-        folder, learned = Path(folder), isinstance(self.solver, AMED)
-        solver = {
-            "solver": "amed" if learned else self.solver,
-            "solver_options": self.solver.options if learned else self.solver_options,
-            "solver_provenance": self.solver.provenance if learned else {},
-        }
-        description = {
-            "ddil": ddil.__version__,
-            "denoiser": describe(self.denoiser),
-            "grid": self.grid.tolist(),
-            "shape": list(self.shape),
-            **solver,
-            "guidance_scale": self.guidance_scale,
-            "provenance": self.provenance,
-        }
-        aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        base = innermost(self.denoiser)
-        base.whole().save_pretrained(aside / "network", safe_serialization=True)
-        buffers = {name: value for name, value in base.named_buffers(recurse=False) if value is not None}
-        if buffers:
-            write_tensors(aside / "buffers.safetensors", buffers)
-        if base.further is not None:
-            write_tensors(aside / "inputs.safetensors", base.further.state_dict())
-        if learned:
-            write_tensors(aside / "solver.safetensors", self.solver.state_dict())
-        seal(aside, folder, description)
-        return folder
+        return _save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Sampler:
         """Read a sampler. Raises FileNotFoundError or ValueError naming what is missing, damaged or unknown."""
-        description = unseal(folder, "save it again")
-        if "denoiser" not in description:
-            raise ValueError(f"{folder} is not a saved sampler (it may be a training checkpoint)")
-        try:
-            denoiser = rebuild(description["denoiser"], Path(folder)).to(device)
-            solver, options = _solver_from(description, Path(folder), device)
-            return cls(
-                denoiser,
-                torch.tensor(description["grid"], dtype=torch.float64),
-                tuple(description["shape"]),
-                solver,
-                description["guidance_scale"],
-                description["provenance"],
-                options,
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder} cannot be read by ddil {ddil.__version__} (it was written by {description.get('ddil')}): {type(error).__name__}: {error}"
-            ) from error
+        return _load(Path(folder), device)
+
+# %% ../../nbs/02_solvers/08_sampler.ipynb #fd584cac
+def _grid_of(sampler: Sampler, steps: int | None, force: bool) -> Tensor:
+    """The sampler's own grid, or a uniform one of other `steps` where that is forced."""
+    if steps is None or steps == sampler.steps:
+        return sampler.grid
+    if not force:
+        raise ValueError(
+            f"this student was made for {sampler.steps} steps at "
+            f"t = {[round(t, 4) for t in sampler.grid.tolist()]}, not {steps}; force=True samples it anyway"
+        )
+    return uniform_grid(steps, sampler.grid[0].item(), sampler.grid[-1].item())
+
+# %% ../../nbs/02_solvers/08_sampler.ipynb #5061a8f1
+def _save(sampler: Sampler, folder: Path) -> Path:
+    description = {"ddil": ddil.__version__, "denoiser": describe(sampler.denoiser), "grid": sampler.grid.tolist(),
+                   "shape": list(sampler.shape), **_solver_to(sampler.solver, sampler.solver_options),
+                   "guidance_scale": sampler.guidance_scale, "provenance": sampler.provenance}
+    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    base = innermost(sampler.denoiser)
+    base.whole().save_pretrained(aside / "network", safe_serialization=True)
+    buffers = {name: value for name, value in base.named_buffers(recurse=False) if value is not None}
+    if buffers:
+        write_tensors(aside / "buffers.safetensors", buffers)
+    if base.further is not None:
+        write_tensors(aside / "inputs.safetensors", base.further.state_dict())
+    if isinstance(sampler.solver, AMED):
+        write_tensors(aside / "solver.safetensors", sampler.solver.state_dict())
+    seal(aside, folder, description)
+    return folder
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #e3327a48
-def _solver_from(description: dict, folder: Path, device: str | torch.device) -> tuple[str | AMED, dict]:
-    """The solver that a description names, and its options."""
-    if description["solver"] != "amed":
-        return description["solver"], description["solver_options"]
-    learned = AMED(**description["solver_options"])
-    learned.load_state_dict(read_tensors(folder / "solver.safetensors"))
-    learned.provenance = description["solver_provenance"]
-    return learned.to(device).eval().requires_grad_(False), {}
+def _load(folder: Path, device: str | torch.device) -> Sampler:
+    description = unseal(folder, "save it again")
+    if "denoiser" not in description:
+        raise ValueError(f"{folder} is not a saved sampler (it may be a training checkpoint)")
+    try:
+        denoiser = rebuild(description["denoiser"], folder).to(device)
+        solver, options = _solver_from(description, folder, device)
+        grid, shape = torch.tensor(description["grid"], dtype=torch.float64), tuple(description["shape"])
+        rest = description["guidance_scale"], description["provenance"]
+        return Sampler(denoiser, grid, shape, solver, *rest, options)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read by ddil {ddil.__version__} (it was written by "
+                         f"{description.get('ddil')}): {type(error).__name__}: {error}") from error

@@ -13,10 +13,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, cast, with_inputs
+from ..diffusion.denoiser import Cond, Denoiser, cast, coefficients, combine, with_inputs
 from ..diffusion.grids import check_grid
 from ..diffusion.schedule import Schedule, Time
-from ..diffusion.wrappers import Wrapper
+from ..diffusion.wrappers import Wrapper, saveable
 
 # %% auto #0
 __all__ = ['Solver', 'Memory', 'ddim_update', 'euler_update', 'noise_estimate', 'estimate', 'ddim', 'walk', 'finite_ends',
@@ -202,13 +202,17 @@ def rk4(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memo
     return choose(finite, euler_update(denoiser, z, mean, t, s), lambda: ddim_update(denoiser, z, x_hat, t, s))
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #15044700
+@saveable
 class AnalyticFirstStep(Wrapper):
-    """A denoiser that is not asked at time `at`, where the noise estimate is z / sqrt(alpha^2 + sigma^2) (Zhou et al. 2024, "AFS").
-    For per-sample times every row is evaluated, and the answer replaced where the time is `at`."""
+    """A denoiser that is not asked at time `at`, where the noise estimate is z / sqrt(alpha^2 + sigma^2)
+    (Zhou et al. 2024, "AFS"). For per-sample times every row is evaluated, and the answer replaced where it is `at`."""
 
     def __init__(self, denoiser: Denoiser, at: float = 1.0):
         super().__init__(denoiser)
         self.at = float(at)
+
+    def saved(self) -> dict[str, float]:
+        return {"at": self.at}
 
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         if not isinstance(t, Tensor):
