@@ -33,7 +33,8 @@ from ddil.solvers import consistency
 from ddil.rollins.states import RollIn
 from ddil.rollins.teacher import Teacher
 from ddil.training.settings import Settings
-from ddil.training.trainer import DivergingCritic, NonFiniteLoss, Trainer
+from ddil.training.journal import DivergingCritic, NonFiniteLoss
+from ddil.training.trainer import Trainer
 
 GRID = uniform_grid(4)
 SETTINGS: dict[str, Any] = {"updates": 12, "batch": 16, "learning_rate": 3e-3, "ema": 0.9, "checkpoint_every": 4, "log_every": 1, "seed": 1}
@@ -89,9 +90,9 @@ def trainer(rollin: str = "forward", method: Method | None = None, folder: Path 
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """All that training moves: the networks, their optimisers' moments, and the average."""
-    weights = {f"{name}.{key}": value.clone() for name, module in run.networks.items() for key, value in module.state_dict().items()}
-    moments = {f"{name} {i} {key}": value.clone() for name, one in run.optimizers.items() for i, p in enumerate(one.param_groups[0]["params"]) for key, value in one.state[p].items()}
-    return {**weights, **moments, **{f"average {name}": value.clone() for name, value in run.average.tensors.items()}}
+    weights = {f"{name}.{key}": value.clone() for name, module in run.learners.networks.items() for key, value in module.state_dict().items()}
+    moments = {f"{name} {i} {key}": value.clone() for name, one in run.learners.optimizers.items() for i, p in enumerate(one.param_groups[0]["params"]) for key, value in one.state[p].items()}
+    return {**weights, **moments, **{f"average {name}": value.clone() for name, value in run.learners.average.tensors.items()}}
 
 
 # Resuming, and parts
@@ -182,7 +183,7 @@ def test_a_judge_without_data_is_refused_before_the_student_is_asked() -> None:
     run = trainer("walk", adversarial(data=None))
     states, before = run.rollin.sample(16, 0), run.student.evaluations
     with pytest.raises(ValueError, match=r"give the method data=RealSamples\(data\)"):
-        run.method.turns(0)[0].loss(run.prepared, states)
+        run.method.turns(0)[0].loss(run.learners.prepared, states)
     assert run.student.evaluations == before
 
 

@@ -39,7 +39,8 @@ from ddil.diffusion.grids import uniform_grid
 from ddil.diffusion.schedule import Cosine, RectifiedFlow
 from ddil.measure.imitation import covariate_shift
 from ddil.training.parallel import make_accelerator
-from ddil.training.trainer import latest_checkpoint, NonFiniteLoss, read_log
+from ddil.training.checkpoints import latest_checkpoint
+from ddil.training.journal import NonFiniteLoss, read_log
 
 WEIGHTS = "network/diffusion_pytorch_model.safetensors"
 

@@ -36,7 +36,8 @@ from ddil.solvers import consistency
 from ddil.rollins.teacher import Teacher
 from ddil.training.parallel import make_accelerator
 from ddil.training.settings import Settings
-from ddil.training.trainer import latest_checkpoint, Trainer
+from ddil.training.checkpoints import latest_checkpoint
+from ddil.training.trainer import moments_of, Trainer
 
 ROUNDING = 2e-5  # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by 0.001 and more
 SETTINGS: dict[str, Any] = {"updates": 4, "batch": 8, "learning_rate": 1e-3, "warm_up": 2, "ema": 0.9, "accumulate": 2, "checkpoint_every": 2, "log_every": 1, "gradient_checkpointing": True}
@@ -68,8 +69,8 @@ def trainer(folder: Path | None = None, method: str = "progressive", frozen: boo
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """Raw, averaged and following weights, and the optimiser's state, whole (all processes ask)."""
-    live = {"student": kept(run.student), "finished": run.finished().state_dict(), "optimiser": run.distribution.optimizer_tensors(run.optimizers["student"], run._parameters["student"])}
-    live |= {name: kept(follower.network, run.student) for name, follower in run.followers.items()}
+    live = {"student": kept(run.student), "finished": run.finished().state_dict(), "optimiser": moments_of(run.learners)["optimizer-student"]}
+    live |= {name: kept(follower.network, run.student) for name, follower in run.learners.followers.items()}
     return {f"{part} {name}": run.distribution.gathered(value) for part, tensors in live.items() for name, value in tensors.items()}
 
 

@@ -104,9 +104,9 @@ def trainer(name: str, rollin: str, folder: Path | None = None, progress: Callab
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """All that training moves: the networks, what follows them, and the average."""
-    modules = {**run.networks, **{f"follower {name}": follower.network for name, follower in run.followers.items()}}
+    modules = {**run.learners.networks, **{f"follower {name}": follower.network for name, follower in run.learners.followers.items()}}
     weights = {f"{name}.{key}": value.clone() for name, module in modules.items() for key, value in module.state_dict().items()}
-    return weights | {f"average.{name}": value.clone() for name, value in run.average.tensors.items()}
+    return weights | {f"average.{name}": value.clone() for name, value in run.learners.average.tensors.items()}
 
 
 POSSIBLE = [(name, rollin) for name, (_, look, _, without) in METHODS.items() for rollin in ("forward", "DDIL", "walk") if (rollin == "forward" or without) and (rollin != "walk" or look == 4)]
@@ -128,7 +128,7 @@ def test_it_trains_and_resumes(name: str, rollin: str, tmp_path: Path) -> None:
     moved = {key.split(".")[0] for key in end if not torch.equal(end[key], begin[key])}
     assert moved == {key.split(".")[0] for key in end}, f"only {moved} have learnt"
     assert all(value.isfinite().all() for value in end.values())
-    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *whole.followers, *(set(whole.method.networks) - {"discriminator"})}
+    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *whole.learners.followers, *(set(whole.method.networks) - {"discriminator"})}
     with contextlib.suppress(KeyboardInterrupt):
         trainer(name, rollin, tmp_path / "halves", stopping).fit()
     again = trainer(name, rollin, tmp_path / "halves")

@@ -20,7 +20,7 @@ from ddil.diffusion.noise import Shard, Source
 from ddil.rollins.teacher import Teacher
 from ddil.diffusion.grids import uniform_grid
 from ddil.training.parallel import make_accelerator
-from ddil.training.trainer import latest_checkpoint
+from ddil.training.checkpoints import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 2e-6  # of weights that training moves by 0.01 and more
@@ -142,7 +142,7 @@ def test_a_launcher_that_means_more_processes(monkeypatch: pytest.MonkeyPatch) -
 def test_a_launcher_that_tells_half() -> None:
     """WORLD_SIZE alone ends at once with the name of what is missing, instead of training alone or waiting for ever."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([sys.executable, "-c", "from ddil.training.trainer import make_accelerator; make_accelerator('cpu'); print('made')"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", "from ddil.training.parallel import make_accelerator; make_accelerator('cpu'); print('made')"], cwd=ROOT,
                           env={**env, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "made" not in done.stdout
     assert "MASTER_ADDR" in done.stderr.splitlines()[-1] or "torch.distributed.run" in done.stderr.splitlines()[-1], done.stderr

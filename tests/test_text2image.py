@@ -22,7 +22,7 @@ from ddil.solvers import walk
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.pipeline import export_pipeline, TextToImage
 from ddil.distil.recipe import Plan, distil_text
-from ddil.training.trainer import read_log
+from ddil.training.journal import read_log
 
 PROMPTS = ["a red square above a blue circle", "three green triangles", "a small white circle", "two pink squares"] * 4
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ddil import files
 from ddil.solvers import sampler as artifact
-from ddil.training import trainer as train
+from ddil.training import checkpoints, journal
 from ddil.solvers.sampler import Sampler
 from ddil.distil.problem import atoms_problem, Problem
 from ddil.distil.stages import distil, Recipe
 from ddil.files import read_tensors
 from ddil.training.parallel import make_accelerator
-from ddil.training.trainer import read_log
+from ddil.training.journal import read_log
 
 OPTIONS = {"count": 50, "width": 32, "depth": 1}
 CHECKPOINT_EVERY = 10
@@ -74,12 +74,12 @@ def _lose_a_file(folder: Path) -> None:
 
 # Where a process may be killed, by what it is about to do.
 KILL_POINTS: dict[str, Callable[[], None]] = {
-    "write the optimiser of checkpoint 10": lambda: _dying(train, "write_tensors", lambda path, _: path.parent.name == "writing-00000010" and path.name.startswith("optimizer")),
-    "write the second process' roll-in of checkpoint 20": lambda: _dying(train, "write_tensors", lambda path, _: path.parent.name == "writing-00000020" and path.name.startswith("rollin-1")),
-    "seal checkpoint 20": lambda: _dying(train, "seal", lambda folder, *_: folder.name == "writing-00000020"),
+    "write the optimiser of checkpoint 10": lambda: _dying(checkpoints, "write_tensors", lambda path, _: path.parent.name == "writing-00000010" and path.name.startswith("optimizer")),
+    "write the second process' roll-in of checkpoint 20": lambda: _dying(checkpoints, "write_tensors", lambda path, _: path.parent.name == "writing-00000020" and path.name.startswith("rollin-1")),
+    "seal checkpoint 20": lambda: _dying(checkpoints, "seal", lambda folder, *_: folder.name == "writing-00000020"),
     "rename the sealed checkpoint 20": lambda: _dying(files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"),
-    "remove the rest of checkpoint 10": lambda: _dying(train.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
-    "cut the log": lambda: _dying(train, "write_text", lambda path, _: path.name == "log.jsonl"),
+    "remove the rest of checkpoint 10": lambda: _dying(checkpoints.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
+    "cut the log": lambda: _dying(journal, "write_text", lambda path, _: path.name == "log.jsonl"),
     "save the student": lambda: _dying(artifact, "seal", lambda folder, *_: ".student.writing" in folder.name),
 }
 

@@ -209,7 +209,7 @@ def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
         weights = learning and any(p.requires_grad for p in network.parameters())
         calls.append(Call(network, _detached(args), _detached(options), weights, learning and args[0].requires_grad))
 
-    denoisers = [*trainer.networks.values(), *(follower.network for follower in trainer.followers.values()), *trainer.method.asked.values()]
+    denoisers = [*trainer.learners.networks.values(), *(follower.network for follower in trainer.learners.followers.values()), *trainer.method.asked.values()]
     networks = {id(network): network for network in (innermost(one).network for one in denoisers if isinstance(one, Denoiser))}
     hooks = [network.register_forward_pre_hook(note, with_kwargs=True) for network in networks.values()]
     trainer.update(step)
