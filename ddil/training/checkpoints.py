@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,7 +31,7 @@ UNIMPORTANT = ("log_every", "checkpoint_every", "gradient_checkpointing")
 
 def fingerprint(networks: dict[str, nn.Module], method: Method, rollin: RollIn, settings: Settings, distribution: Replicated, identity: dict | None = None) -> dict:
     """Plain values that decide a run; a checkpoint of another fingerprint is refused. `networks`: those that learn, by name, with the "student"."""
-    chosen = {key: value for key, value in asdict(settings).items() if key not in UNIMPORTANT}
+    chosen = {key: value for key, value in settings.model_dump().items() if key not in UNIMPORTANT}
     shapes = {name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in networks.items()}
     return {
         **chosen, "betas": list(settings.betas), **method.describe(), "roll-in": type(rollin).__name__,

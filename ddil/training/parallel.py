@@ -22,20 +22,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor, DTensor
 
 from ..diffusion.denoiser import Denoiser
-<<<<<<< HEAD
+from ..diffusion.wrappers import innermost
 from ..rollins.states import RollIn
 
 # %% auto #0
-__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'Replicated', 'networks_of', 'shard', 'Sharded',
-           'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
-=======
-from ..diffusion.wrappers import innermost
-
-# %% auto #0
-__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'filled', 'Replicated', 'networks_of',
-           'asks_apart', 'shard', 'Sharded', 'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of',
-           'make_accelerator']
->>>>>>> 51ffc7f (Trainer is a loop with a journal, checkpoints and learners, each an object of its own with a chapter of its own)
+__all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'form_of', 'filled', 'Replicated', 'networks_of', 'shard',
+           'Sharded', 'ZeRO2', 'zero2_accelerator', 'asked_for', 'distribution_of', 'make_accelerator']
 
 # %% ../../nbs/06_training/08_parallel.ipynb #a21bc242
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -182,17 +174,7 @@ def networks_of(module: nn.Module) -> list[nn.Module]:
         raise ValueError(f"{type(module).__name__} has parameters of its own, which cannot be sharded: put them into a network inside it")
     return [network for child in module.children() for network in networks_of(child)]
 
-
-<<<<<<< HEAD
-# %% ../../nbs/06_training/05_parallel.ipynb #c2d138a4
-=======
-def asks_apart(rollin: object) -> bool:
-    """Whether a roll-in, or one inside it, may call networks on some processes only."""
-    inner = [*getattr(rollin, "parts", {}).values(), *(getattr(rollin, name, None) for name in ("rollout", "rollin"))]
-    return getattr(rollin, "mixing", "batch") == "sample" or any(asks_apart(one) for one in inner if one is not None)
-
 # %% ../../nbs/06_training/08_parallel.ipynb #c2d138a4
->>>>>>> 51ffc7f (Trainer is a loop with a journal, checkpoints and learners, each an object of its own with a chapter of its own)
 def shard(module: nn.Module, **options) -> None:
     """Leave each process its share of the networks in `module`, in place. `options`: those of torch's fully_shard."""
     for network in networks_of(module):

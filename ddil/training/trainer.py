@@ -6,12 +6,7 @@
 from __future__ import annotations
 
 import time
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-=======
 from collections.abc import Callable, Iterable
->>>>>>> 51ffc7f (Trainer is a loop with a journal, checkpoints and learners, each an object of its own with a chapter of its own)
 from itertools import chain
 from pathlib import Path
 
@@ -214,14 +209,6 @@ def checkpoints_of(run: Trainer) -> Checkpoints:
     print_of = fingerprint(run.learners.networks, run.method, run.rollin, run.settings, run.distribution, run.identity)
     return Checkpoints(run.folder, print_of, run.distribution)
 
-<<<<<<< HEAD
-    def _fingerprint(self) -> dict:
-        settings = {key: value for key, value in self.settings.model_dump().items() if key not in ("log_every", "checkpoint_every", "gradient_checkpointing")} | {"betas": list(self.settings.betas)}
-        shapes = {name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in self.networks.items()}
-        return {**settings, **self.method.describe(), "roll-in": type(self.rollin).__name__, "processes": self.accelerator.num_processes, "precision": self.distribution.precision,
-                "schedule": schedule_to_dict(self.student.schedule), "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16], **self.identity}
-=======
->>>>>>> 51ffc7f (Trainer is a loop with a journal, checkpoints and learners, each an object of its own with a chapter of its own)
 
 def remember(run: Trainer) -> None:
     """Write a checkpoint of a run."""
