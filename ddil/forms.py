@@ -89,10 +89,11 @@ def understand(value: Any, kind: Any) -> Any:
     if origin in (Union, UnionType):
         return _one_of_kinds(value, inner)
     if origin is Literal:
-        same = [choice for choice in inner if isinstance(value, str) and str(choice).lower() == value.lower()]
-        return same[0] if same else value
-    if origin in (tuple, list):
-        return _several(value, origin, inner)
+        word = str(value).lower() if isinstance(value, (str, bool)) else value
+        same = [choice for choice in inner if str(choice).lower() == word]
+        return same[0] if same else word if isinstance(value, bool) else value  # pydantic would take True for 1
+    if (origin or kind) in (tuple, list):
+        return _several(value, origin or kind, inner or (Any, ...))
     if isinstance(value, str):
         return value if kind is str else _scalar_from_text(value.strip(), kind)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, (bool, int)):
@@ -137,7 +138,9 @@ def type_text(kind: Any, constraints: Iterable[Any] = ()) -> str:
     if origin in (tuple, list):
         several = origin is list or inner[1:] == (...,)
         entries = re.sub(r"number\b", "numbers", type_text(inner[0]) if inner else "values")
-        return f"{entries}, separated by commas" if several else f"{_HOW_MANY.get(len(inner), len(inner))} {entries}"
+        lengths = [entry.max_length for entry in constraints if hasattr(entry, "max_length")]
+        count = lengths[0] if lengths else None if several else len(inner)
+        return f"{_HOW_MANY.get(count, count)} {entries}" if count else f"{entries}, separated by commas"
     if any(getattr(entry, "min_length", 0) for entry in constraints):
         return f"{_NOUNS.get(kind, 'a list')} that is not empty"
     return _NOUNS.get(kind, _noun_of(kind)) + _range_text(constraints)
@@ -153,10 +156,13 @@ class Absent(ValueError):
 
 
 class UnusableValues(ValueError):
-    """Values cannot be used: `wrong` has lines for those no machine can use, `absent` for those not on this one."""
+    """Values cannot be used: `wrong` has lines for those no machine can use, `absent` for those not on this one.
 
-    def __init__(self, what: str, wrong: Iterable[str], absent: Iterable[str] = ()):
-        self.what, self.wrong, self.absent = what, list(wrong), list(absent)
+    `good`: the fields that were given and are fine by themselves, for whoever goes on to look for more faults.
+    """
+
+    def __init__(self, what: str, wrong: Iterable[str], absent: Iterable[str] = (), good: Mapping[str, Any] = {}):
+        self.what, self.wrong, self.absent, self.good = what, list(wrong), list(absent), dict(good)
         lines = [f"  - {line}" for line in self.wrong + self.absent]
         super().__init__("\n".join([f"{what} cannot be used:", *lines]))
 
@@ -204,9 +210,9 @@ def _lines_of(error: Mapping[str, Any], form: type[Form], value: Any) -> list[tu
         return [(f"{name}: {line}", kind) for line, kind in lines]
     if raised is not None:
         return [(f"{name} = {value!r}: {raised}", raised)]
-    part = ""
-    if place and isinstance(place[0], int) and isinstance(value, (list, tuple)) and place[0] < len(value):
-        part = f", and {value[place[0]]!r} is not"
+    parts = understand(value, known[name].annotation)
+    has_part = place and isinstance(place[0], int) and isinstance(parts, (list, tuple)) and place[0] < len(parts)
+    part = f", and {parts[place[0]]!r} is not" if has_part else ""
     return [(complaint(name, value, allowed, _choices(known[name].annotation)) + part, None)]
 
 # %% ../nbs/10_lab/02_forms.ipynb #5e626e5d
@@ -251,7 +257,7 @@ class Form(BaseModel):
         except ValidationError as error:
             raise _all_faults(type(self), named, error) from None
         if lines := [*_broken_rules(self, partial=False)]:
-            raise UnusableValues(f"the {_noun_of(type(self))}", lines)
+            raise UnusableValues(f"the {_noun_of(type(self))}", lines, good=self.given())
 
     @field_validator("*", mode="before")
     @classmethod
@@ -268,7 +274,11 @@ class Form(BaseModel):
         try:
             return cls(**{str(name): value for name, value in (values or {}).items()})
         except UnusableValues as error:
-            raise UnusableValues(what, error.wrong, error.absent) from None
+            raise UnusableValues(what, error.wrong, error.absent, error.good) from None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were given, without those that have their default because nobody said anything."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def but(self, **changes: Any) -> Self:
         """The same form with some values changed. Raises UnusableValues."""
@@ -299,7 +309,7 @@ def _all_faults(form: type[Form], values: Mapping[str, Any], error: ValidationEr
         partial.__dict__.pop(name, None)
     wrong = [line for line, raised in lines if not isinstance(raised, Absent)]
     absent = [line for line, raised in lines if isinstance(raised, Absent)]
-    return UnusableValues(f"the {_noun_of(form)}", [*wrong, *_broken_rules(partial, partial=True)], absent)
+    return UnusableValues(f"the {_noun_of(form)}", [*wrong, *_broken_rules(partial, partial=True)], absent, good)
 
 # %% ../nbs/10_lab/02_forms.ipynb #12380bed
 Count = Annotated[int, Field(ge=1)]

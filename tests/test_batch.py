@@ -110,7 +110,7 @@ def test_all_that_is_wrong_is_told_before_anything_starts(place: Path, capsys: p
 notebook: tiny.ipynb
 default: {steps: 2}
 runs:
-  - {name: a, parameters: {rate: 1e-3}}
+  - {name: a, parameters: {rate: 1e-3x}}
   - {name: a, parameters: {stpes: 3, steps: 0}}
   - {name: b, parameters: {mode: weel, steps: 2000}, reqires: [a]}
   - {name: c, parameters: {steps: 2000}}
@@ -122,10 +122,10 @@ runs:
     (place / "two.yaml").write_text("notebook: tiny.ipynb\ngrid: {steps: []}\nsteps: 1\nsteps: 2\n")
     assert ddil_batch("one.yaml", "two.yaml") == 2
     said = capsys.readouterr().err
-    expected = ["default: there is no such key (did you mean defaults?)", "rate = '1e-3' must be a number in [0, 1], and this is text for YAML: write 1.0e-3", "the name a is given to 2 runs",
-                "stpes = 3: there is no such parameter of tiny.ipynb (did you mean steps?)", "steps = 0 must be a finite whole number of at least 1", "mode = 'weel' must be one of 'well'",
-                "reqires: there is no such key (did you mean requires?)", "run c: steps: more than this notebook can take", "there is no notebook tinny.ipynb", "there is no run f in this batch",
-                "minutes: must be a number of at least 0", "the runs g, h wait for each other", "two.yaml: grid: must give each name a list of at least one value", "two.yaml: 'steps' is given 2 times"]
+    expected = ["default = {'steps': 2}: there is no such name (did you mean defaults?)", "rate = '1e-3x': must be a number in [0, 1]", "the name a is given to 2 runs",
+                "stpes = 3: there is no such parameter of tiny.ipynb (did you mean steps?)", "steps = 0: must be a whole number ≥ 1", "mode = 'weel': must be one of well, fails, dies (did you mean well?)",
+                "reqires = ['a']: there is no such name (did you mean requires?)", "run c: steps: more than this notebook can take", "there is no notebook tinny.ipynb", "there is no run f in this batch",
+                "minutes = 'long': must be a number ≥ 0", "the runs g, h wait for each other", "two.yaml: grid = {'steps': []}: must give each name a list of at least one value", "two.yaml: 'steps' is given 2 times"]
     for told in expected:
         assert told in said, f"{told}\nis not in\n{said}"
     assert "nothing was started" in said and not (place / "runs").exists()

@@ -14,16 +14,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from .parameters import number, whole
+from ..forms import Count, Form, Natural, Text, UnusableValues
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['RUN', 'BATCH', 'RESOURCES', 'SLURM', 'BatchError', 'Resources', 'Run', 'Batch', 'read_yaml', 'code_cells',
-           'declared_parameters', 'read_batch']
+__all__ = ['Amount', 'Names', 'Grid', 'Entries', 'BatchError', 'Resources', 'Run', 'Batch', 'read_yaml', 'RunEntry', 'BatchFile',
+           'SlurmWords', 'code_cells', 'declared_parameters', 'read_batch']
 
 # %% ../../nbs/10_lab/05_batch.ipynb #96ca769e
 class BatchError(ValueError):
@@ -31,18 +32,21 @@ class BatchError(ValueError):
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
-        super().__init__("\n".join([f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}, and nothing was started:", *(f"  - {line}" for line in self.problems)]))
+        count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        super().__init__("\n".join([f"{count}, and nothing was started:", *(f"  - {line}" for line in self.problems)]))
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one run takes, None where nobody said: minutes, memory in GiB, cores and GPUs (all of one node), and the number of nodes."""
+Amount = Annotated[float, Field(ge=0)]
 
-    minutes: float | None = None
-    memory: float | None = None
-    cores: int | None = None
-    gpus: int | None = None
-    nodes: int = 1
+
+class Resources(Form):
+    """What one run takes; None where nobody said."""
+
+    minutes: Amount | None = Field(None, description="that it should take")
+    memory: Amount | None = Field(None, description="in GiB, of one node")
+    cores: Count | None = Field(None, description="of one node")
+    gpus: Natural | None = Field(None, description="of one node")
+    nodes: Count = Field(1, description="machines")
 
 
 @dataclass(frozen=True)
@@ -100,55 +104,76 @@ def read_yaml(path: str | Path) -> tuple[Any, list[str]]:
         return {}, [" ".join(f"is not YAML: {error}".split())]
 
 # %% ../../nbs/10_lab/05_batch.ipynb #56f79c3f
-def _kind(kind: type, what: str, of: type | None = None) -> Any:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind) or (of is not None and not all(isinstance(entry, of) for entry in value)):
-            raise ValueError(f"must be {what}")
-        return value
-    return check
-
-
-def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
-    """Two arms, or a list of such pairs."""
-    pairs = [value] if isinstance(value, list) and value and all(isinstance(arm, str) for arm in value) else value
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 and len(set(map(str, pair))) == 2 for pair in pairs):
+def _arm_pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    """Two arms, or a list of such pairs, as pairs."""
+    is_one = isinstance(value, list) and value and all(isinstance(arm, str) for arm in value)
+    pairs = [value] if is_one else value
+    are_pairs = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    if not are_pairs or any(str(first) == str(second) for first, second in pairs):
         raise ValueError("must be two different arms, such as [PD, PD + DDIL], or a list of such pairs")
-    return tuple((str(a), str(b)) for a, b in pairs)
+    return tuple((str(first), str(second)) for first, second in pairs)
 
 
-def _grid(value: Any) -> dict[str, list]:
-    if not isinstance(value, dict) or not value or not all(isinstance(values, list) and values for values in value.values()):
+def _with_values(grid: dict[str, list]) -> dict[str, list]:
+    """The grid, if each of its names has a value."""
+    if not grid or not all(grid.values()):
         raise ValueError("must give each name a list of at least one value: an empty grid has no runs")
-    return value
+    return grid
 
 
-def _some(check: Any) -> Any:
-    def of_one(value: Any) -> Any:
-        if not isinstance(value, list) or not value:
-            raise ValueError("must be a list that is not empty")
-        return [check(entry) for entry in value]
-    return of_one
+Names = Annotated[list[str], "a list of names"]
+Grid = Annotated[dict[str, list], AfterValidator(_with_values), "names, each with a list of values"]
+Entries = Annotated[list[dict[str, Any]], Field(min_length=1), "a list of runs, each with a name and parameters"]
+
+# %% ../../nbs/10_lab/05_batch.ipynb #ba7c4001
+class RunEntry(Form):
+    """One entry of `runs` in a batch file."""
+
+    name: Text = Field("", description="of the run's folder")
+    notebook: Text = Field("", description="the run's own")
+    parameters: dict = Field({}, description="of the notebook")
+    resources: dict = Field({}, description="what the run takes")
+    requires: Names = Field([], description="runs that must be done before")
+    keep: Text = Field("", description="where a copy of results, figures and notebook goes")
 
 
-_text, _named = _kind(str, "text"), _kind(dict, "names and values")
-RUN = {"name": _text, "notebook": _text, "parameters": _named, "resources": _named, "requires": _kind(list, "a list of names", str), "keep": _text}
-BATCH = {"notebook": _text, "defaults": _named, "runs": _some(_kind(dict, "a list of runs, each with a name and parameters")), "grid": _grid, "seeds": _some(whole(0)), "pair": _pairs,
-         "requires": _kind(list, "a list of names", str), "resources": _named, "slurm": _named}
-RESOURCES = {"minutes": number(0), "memory": number(0), "cores": whole(), "gpus": whole(0), "nodes": whole()}
-SLURM = {name: _text for name in ("partition", "account", "qos", "constraint", "gres", "exclude", "nodelist", "mail_user", "mail_type", "comment")} | {"setup": _kind(list, "a list of commands", str)}
+class BatchFile(Form):
+    """What a batch file may hold."""
+
+    notebook: Text = Field("", description="of all runs")
+    defaults: dict = Field({}, description="parameters of all runs")
+    runs: Entries = Field([{}], description="the runs")
+    grid: Grid = Field({}, description="every combination is crossed with the runs")
+    seeds: Annotated[list[Natural], Field(min_length=1)] = Field([], description="for the notebook's seeds or seed")
+    pair: Annotated[Any, BeforeValidator(_arm_pairs)] = Field((), description="arms that a report compares")
+    requires: Names = Field([], description="other batches whose results are read")
+    resources: dict = Field({}, description="what every run takes")
+    slurm: dict = Field({}, description="how SLURM is asked")
+
+# %% ../../nbs/10_lab/05_batch.ipynb #ba7c4002
+class SlurmWords(Form):
+    """What a batch file may say to SLURM."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    gres: str = ""
+    exclude: str = ""
+    nodelist: str = ""
+    mail_user: str = ""
+    mail_type: str = ""
+    comment: str = ""
+    setup: Annotated[list[str], "a list of commands"] = []
 
 
-def _entries(given: Mapping[str, Any], form: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+def _entries(given: Mapping[str, Any], form: type[Form], where: str, problems: list[str]) -> dict[str, Any]:
     """The entries of `given` that are of the form; what is wrong with the others goes to `problems`."""
-    good = {}
-    for key, value in given.items():
-        try:
-            if key not in form:
-                raise ValueError(f"there is no such key{did_you_mean(key, form)}; known are {', '.join(form)}")
-            good[key] = form[key](value)
-        except ValueError as error:
-            problems.append(f"{where}{key}: {error}")
-    return good
+    try:
+        return form.read(given).given()
+    except UnusableValues as error:
+        problems += [f"{where}{line}" for line in error.wrong]
+        return error.good
 
 # %% ../../nbs/10_lab/05_batch.ipynb #6c7e36f8
 def code_cells(notebook: str | Path) -> list[tuple[str, list[str]]]:
@@ -204,7 +229,7 @@ def _resolved(value: Any, folder: Path, found: set[Path]) -> Any:
 
 def _resources(given: Mapping[str, Any], parameters: Mapping[str, Any], where: str, problems: list[str]) -> Resources:
     """What a run takes; its number of nodes, if nobody says, is the parameter of that name."""
-    good = _entries(given, RESOURCES, f"{where}resources: ", problems)
+    good = _entries(given, Resources, f"{where}resources: ", problems)
     nodes = parameters.get("nodes", 1)
     if good.setdefault("nodes", nodes) != nodes:
         problems.append(f"{where}resources: nodes is {good['nodes']}, and the parameter nodes is {nodes}: the run would not use what it is given")
@@ -243,7 +268,7 @@ def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batc
     data, problems = read_yaml(path)
     if not isinstance(data, dict):
         data, problems = {}, [*problems, "must hold a notebook, and runs or a grid or seeds"]
-    given = _entries(data, BATCH, "", problems)
+    given = _entries(data, BatchFile, "", problems)
     if data and not {"runs", "grid", "seeds"} & set(data):
         problems.append("has no runs: give it runs, a grid or seeds")
     folder, runs = Path(folder or Path("runs") / path.stem), []
@@ -251,8 +276,8 @@ def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batc
         where = f"run {entry.get('name', place + 1)}: " if entry else ""
         if entry and not re.fullmatch(r"\w[\w.,=+-]*", str(entry.get("name", ""))):
             problems.append(f"{where}name: must be text for a folder's name, of letters, digits and . , = + - _, not {entry.get('name')!r}")
-        runs += _runs_of(given, _entries(entry, RUN, where, problems), folder, where, problems)
-    slurm = _entries(given.get("slurm", {}), SLURM, "slurm: ", problems)
+        runs += _runs_of(given, _entries(entry, RunEntry, where, problems), folder, where, problems)
+    slurm = _entries(given.get("slurm", {}), SlurmWords, "slurm: ", problems)
     batch = Batch(path.stem, folder, tuple(runs), given.get("pair", ()), tuple(given.get("requires", ())), slurm)
     return batch, [f"{path}: {line}" for line in [*problems, *_clashes(batch)]]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .batch import Batch, BatchError, Run, code_cells, declared_parameters, read_batch
-from .parameters import UnusableParameters
+from ..forms import Form, UnusableValues
 
 # %% auto #0
 __all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check']
@@ -77,12 +77,12 @@ def _verdict(notebook: str, parameters: Mapping[str, Any]) -> dict[str, list]:
         return {"wrong": [f"{name} = {value!r} must be of the kind {declared[name]}" for name, value in parameters.items() if declared.get(name) in _KINDS and misfit(name, value)], "absent": [], "plans": []}
     try:
         names = dry_run(cells, parameters)
-    except UnusableParameters as error:
+    except UnusableValues as error:
         return {"wrong": error.wrong, "absent": error.absent, "plans": []}
     except Exception as error:  # whatever a notebook raises is about this run alone
         return {"wrong": [str(error) if isinstance(error, ValueError) else f"the check stops with {type(error).__name__}: {error}"], "absent": [], "plans": []}
     plans = names.get("plans")
-    return {"wrong": [], "absent": [], "plans": [asdict(plan) for plan in plans.values() if is_dataclass(plan)] if isinstance(plans, dict) else []}
+    return {"wrong": [], "absent": [], "plans": [plan.model_dump() if isinstance(plan, Form) else asdict(plan) for plan in plans.values() if isinstance(plan, Form) or is_dataclass(plan)] if isinstance(plans, dict) else []}
 
 
 def verdicts(runs: Sequence[Run]) -> list[dict[str, list]]:

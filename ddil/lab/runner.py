@@ -270,7 +270,7 @@ def _overridden(checked: Checked, given: argparse.Namespace) -> Checked:
              if given.nodes is not None and run.parameters.get("nodes", 1) != given.nodes]
     if other:
         raise BatchError(other)
-    change = lambda run: replace(run, resources=replace(run.resources, **wanted))
+    change = lambda run: replace(run, resources=run.resources.but(**wanted))
     return replace(checked, batches=tuple(replace(batch, runs=tuple(map(change, batch.runs))) for batch in checked.batches))
 
 
