@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .intervals import Estimate, bootstrap_interval, mean_interval
 from ..diffusion.noise import generator, sample_noise
 from .imitation import check_solver
 from ..solvers import Memory
+from ..rollins.rollout import mixed_step
 from ..rollins.teacher import Teacher
 
 # %% auto #0
@@ -51,17 +52,17 @@ def drive(teacher: Sampler, student: Sampler, drivers: np.ndarray, ids: Sequence
     check_solver(student, "student", stochastic=True)
     if drivers.shape != (student.steps, len(ids)):
         raise ValueError(f"drivers must be of shape (steps, samples) = ({student.steps}, {len(ids)}), not {drivers.shape}")
-    expert, parts = _expert_between(teacher, student), []
+    between, parts = _between(teacher, student), []
     with torch.inference_mode():
         for start in range(0, len(ids), batch_size):
             rows = slice(start, start + batch_size)
             part = map_cond(lambda c: c[rows].to(student.denoiser.device), cond)
-            states = list(_driven(expert, student, drivers[:, rows], ids[rows], part, seed))
+            states = list(_driven(between, student, drivers[:, rows], ids[rows], part, seed))
             parts.append(torch.stack(states) if trajectory else states[-1])
     return torch.cat(parts, dim=1 if trajectory else 0).clone()
 
 
-def _expert_between(teacher: Sampler, student: Sampler) -> Teacher:
+def _between(teacher: Sampler, student: Sampler) -> Teacher:
     """The teacher on its own times and the student's."""
     ours, theirs = student.grid, teacher.grid
     if student.denoiser.schedule != teacher.denoiser.schedule or not torch.allclose(ours[[0, -1]], theirs[[0, -1]], atol=1e-9, rtol=0):
@@ -70,23 +71,24 @@ def _expert_between(teacher: Sampler, student: Sampler) -> Teacher:
     return Teacher(teacher.denoiser, torch.cat([theirs, theirs.new_tensor(new)]).sort(descending=True).values, 1, teacher.step)
 
 
-def _driven(expert: Teacher, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond, seed: int):
+def _driven(teacher: Teacher, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond, seed: int) -> Iterator[Tensor]:
     """The states of one batch, from noise on."""
-    z = sample_noise(ids, student.shape, seed).to(student.denoiser.device) * student.denoiser.schedule.prior_scale(student.grid[0].item())
-    stops = student.grid.tolist()
-    place = [min(range(len(expert.stops)), key=lambda k: abs(expert.stops[k] - t)) for t in stops]
+    stops, last = student.grid.tolist(), student.steps
+    z = sample_noise(ids, student.shape, seed).to(student.denoiser.device) * student.denoiser.schedule.prior_scale(stops[0])
+    place = [min(range(len(teacher.stops)), key=lambda k: abs(teacher.stops[k] - t)) for t in stops]
     yield z
-    for node, (t, s) in enumerate(zip(stops, stops[1:])):
-        fresh = lambda like, node=node: sample_noise(ids, student.shape, seed, node + 1).to(like)
-        everyone = torch.from_numpy(np.ascontiguousarray(drivers[node])).to(z.device)
-        arrived = []
-        for who, rows in ((True, everyone.nonzero()[:, 0]), (False, (~everyone).nonzero()[:, 0])):
-            if len(rows):
-                mine, given = z[rows], map_cond(lambda c: c[rows], cond)
-                noise = lambda like, rows=rows: fresh(z)[rows].to(like)
-                arrived.append((rows, expert.advance(mine, expert.stops[place[node]], given, noise, place[node + 1] - place[node]) if who
-                                else student.step(student.denoiser, mine, t, s, given, Memory(noise, len(stops) - 1 - node, len(stops) - 1))))
-        z = torch.cat([there for _, there in arrived])[torch.cat([rows for rows, _ in arrived]).argsort()]
+    for node in range(last):
+        def noise(rows: Tensor | slice) -> Callable[[Tensor], Tensor]:
+            return lambda like: sample_noise(ids, student.shape, seed, node + 1).to(like.device)[rows].to(like)
+
+        def by_student(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:
+            return student.step(student.denoiser, z, stops[node], stops[node + 1], cond, Memory(noise(rows), last - node, last))
+
+        def by_teacher(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:
+            here, there = place[node : node + 2]
+            return teacher.advance(z, teacher.stops[here], cond, noise(rows), there - here)
+
+        z = mixed_step(z, cond, ~drivers[node], by_student, by_teacher)
         yield z
 
 # %% ../../nbs/05_measure/07_driving.ipynb #8e8413c3

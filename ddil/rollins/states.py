@@ -75,6 +75,10 @@ class States:
         there = index.to(self.z.device)
         return self.map(lambda value: value[index if value.device == index.device else there])
 
+    def with_labels(self, teacher_z: Tensor) -> States:
+        """The same states, each with its label."""
+        return replace(self, teacher_z=teacher_z, known=np.ones(len(self), bool))
+
     def room_for_labels(self) -> States:
         """The same states; if none of them has a label, with room for labels, of which none is known."""
         if self.teacher_z is not None:

@@ -69,6 +69,11 @@ class Teacher:
                 memory.remaining -= 1
         return z.clone()  # an ordinary tensor again, which autograd may save
 
+    def states_at(self, place: int, z: Tensor, cond: Cond, origin: np.ndarray, **known: Tensor | None) -> States:
+        """States z (n, …) at the time number `place` of its grid, a node of `label_grid`; s is where a label ends."""
+        t, s = (torch.full((len(z),), self.stops[k], dtype=torch.float64, device=z.device) for k in (place, place + self.look))
+        return States(z, t, s, cond, origin, **known)
+
     def label(self, states: States) -> Tensor:
         """(n, …): where the teacher goes from each state; it is asked only for those that do not carry the answer."""
         if states.teacher_z is None:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser, map_cond, with_inputs
+from ..diffusion.denoiser import Cond, Denoiser, with_inputs
 from ..diffusion.noise import Source
 from ..diffusion.wrappers import Wrapper
+from .rollout import begin, driving
 from .states import Data, Origin, RollIn, States
 from .teacher import Teacher
 from ..solvers import AnalyticFirstStep, ddim, walk
@@ -53,21 +54,20 @@ class Walk(RollIn):
         """A new walk: noise, conditions, and the teacher's states if these are the labels."""
         self.walks, self.place, self.path = self.walks + 1, 0, None
         self.teacher = self._turn()
-        draws, device = self.source.draws("walk", self.walks, n=n), self.source.device
-        z = draws.normal(self.shape) * self.student.schedule.prior_scale(self.teacher.stops[0])
-        cond = None if self.data is None else map_cond(lambda c: c.to(device), self.data.conditions(draws.integers(len(self.data))))
+        start = begin(self.teacher, self.shape, self.data, self.source.draws("walk", self.walks, n=n))
         if self.labeller == "trajectory":
             with torch.inference_mode():
-                path = list(walk(self.teacher.denoiser, z, self.teacher.grid.cpu(), cond, self.teacher.solver))[self.teacher.stride - 1 :: self.teacher.stride]
-            self.path = torch.stack(path).clone()
+                path = list(walk(self.teacher.denoiser, start.z, self.teacher.grid.cpu(), start.cond, self.teacher.solver))
+            self.path = torch.stack(path[self.teacher.stride - 1 :: self.teacher.stride]).clone()
         if "steps" in self.student.inputs:
-            cond = with_inputs(cond, steps=torch.full((len(z),), float(len(self.teacher.student_grid) - 1), device=device))
-        return self._states(z, cond, np.full(len(z), Origin.NOISE))
+            steps = torch.full((len(start),), float(len(self.teacher.student_grid) - 1), device=self.source.device)
+            start.cond = with_inputs(start.cond, steps=steps)
+        return self._here(start.z, start.cond, start.origin)
 
-    def _states(self, z: Tensor, cond: Cond, origin: np.ndarray) -> States:
-        t, s = (torch.full((len(z),), time, dtype=torch.float64, device=z.device) for time in self._times())
-        labels = {} if self.path is None else {"teacher_z": self.path[self.place], "known": np.ones(len(z), bool)}
-        return States(z, t, s, cond, origin, **labels)
+    def _here(self, z: Tensor, cond: Cond, origin: np.ndarray) -> States:
+        """States at the present node, with the labels if there are any."""
+        states = self.teacher.states_at(self.place * self.teacher.stride, z, cond, origin)
+        return states if self.path is None else states.with_labels(self.path[self.place])
 
     def _times(self) -> tuple[float, float]:
         """The present node and the next."""
@@ -76,16 +76,15 @@ class Walk(RollIn):
 
     def _go_on(self) -> States:
         """Where the driver arrived: the student as the method computed it, or by one evaluation more."""
-        states, training = self.last, self.student.training
+        states = self.last
         if self.driver == "teacher":
             states.arrival = states.teacher_z
         elif states.arrival is None:
-            self.student.eval()
-            with torch.no_grad():
-                states.arrival = ddim(self.student, states.z, *self._times(), states.cond)
-            self.student.train(training)
+            with driving(self.student):
+                arrival = ddim(self.student, states.z, *self._times(), states.cond)
+            states.arrival = arrival.clone()  # autograd may save a copy
         self.place += 1
-        return self._states(states.arrival, states.cond, np.full(len(states), Origin[self.driver.upper()]))
+        return self._here(states.arrival, states.cond, np.full(len(states), Origin[self.driver.upper()]))
 
     def _next(self, n: int) -> States:
         states = self._begin(n) if self.last is None or self.place == len(self.teacher.student_grid) - 2 else self._go_on()
@@ -115,7 +114,7 @@ class Walk(RollIn):
         self.teacher = self._turn()
         tensors = {key: value.to(self.source.device, copy=True) for key, value in state.items()}
         self.path = tensors.get("path")
-        here = self._states(tensors["z"], None, np.zeros(len(tensors["z"]), int))  # what an older checkpoint does not repeat
+        here = self._here(tensors["z"], None, np.zeros(len(tensors["z"]), int))  # what an older checkpoint does not repeat
         self.last = States.from_flat({**here.flat(), **tensors})
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
