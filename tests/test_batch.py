@@ -178,7 +178,7 @@ def test_a_killed_process_loses_its_step_alone(place: Path) -> None:
     assert second[0] in (first[-1], first[-1] + 1) and len(by_process) == 2
 
 
-RUNNER = "import argparse, sys; from ddil import runner; parser = argparse.ArgumentParser(); runner.arguments(parser); sys.exit(runner.main(parser.parse_args(sys.argv[1:])))"
+RUNNER = "import argparse, sys; from ddil.lab import runner; parser = argparse.ArgumentParser(); runner.arguments(parser); sys.exit(runner.main(parser.parse_args(sys.argv[1:])))"
 
 
 def test_a_killed_runner_is_followed_by_another(place: Path) -> None:
