@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser, coefficients, combine, cast
+from ..diffusion.denoiser import Cond, Denoiser, cast, coefficients, combine
 from ..diffusion.schedule import Time
-from .steps import Memory, choose, ddim_update, euler_update, finite_ends, noise_estimate, sigma_over_alpha
+from ddil.solvers.steps import (
+    Memory, choose, ddim_update, euler_update, finite_ends, noise_estimate, sigma_over_alpha,
+)
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #5fc19c99
 def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
@@ -31,23 +33,23 @@ def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
 # %% ../../nbs/02_solvers/02_multistep.ipynb #6ff0babe
 def _check_steps(memory: Memory | None, order: int) -> None:
     if memory is not None and 0 < memory.steps < order:
-        raise ValueError(
-            f"a multistep solver of order {order} needs a grid of at least {order} steps, not {memory.steps}: take more steps or a lower order"
-        )
+        raise ValueError(f"a multistep solver of order {order} needs a grid of at least {order} steps, "
+                         f"not {memory.steps}: take more steps or a lower order")
 
 
 def _recall(
     memory: Memory | None, t: Time, estimate: Tensor, order: int, lower_order_final: bool, remember: bool = True
 ) -> list[tuple[Time, Tensor]]:
-    """This and the last estimates, newest first: at most `order`, fewer at the start and, by the lower-order-final rule, towards the end."""
+    """This and the last estimates, newest first: at most `order`, fewer at the start and, if asked, towards the end."""
     memory = memory or Memory()
     known = [(t, estimate), *memory.history]
     memory.history = known[: order - 1] if remember else []
     return known[: min(order, memory.remaining) if lower_order_final and memory.remaining else order]
 
-
+# %% ../../nbs/02_solvers/02_multistep.ipynb #cdb16bfe
 def _weights_at(places: Sequence[Time], weights_of: Callable[[Sequence[Time]], list[Time]]) -> list[Time]:
-    """The weights of estimates made at `places`, newest first; rows whose oldest place is infinite (no signal there) do without it."""
+    """The weights of estimates made at `places`, newest first. Rows whose oldest place is infinite (no signal there)
+    do without it."""
     weights = weights_of(places)
     if len(places) == 1 or not isinstance(places[-1], Tensor):
         return weights
@@ -55,15 +57,14 @@ def _weights_at(places: Sequence[Time], weights_of: Callable[[Sequence[Time]], l
     filled = lambda weight: weight if isinstance(weight, Tensor) else torch.full_like(places[-1], weight)
     return [torch.where(finite, filled(all_), filled(few)) for all_, few in zip(weights, fewer)]
 
-# %% ../../nbs/02_solvers/02_multistep.ipynb #cdb16bfe
+
 def _weighted(weights: Sequence[Time], known: Sequence[tuple[Time, Tensor]]) -> Tensor:
     """The weighted sum of remembered estimates."""
-    total = (
-        known[0][1] * cast(weights[0], known[0][1].dtype)
-        if len(known) == 1
-        else combine(weights[0], known[0][1], weights[1], known[1][1])
-    )
-    for weight, (_, estimate) in zip(weights[2:], known[2:]):
+    estimates = [estimate for _, estimate in known]
+    if len(estimates) == 1:
+        return estimates[0] * cast(weights[0], estimates[0].dtype)
+    total = combine(weights[0], estimates[0], weights[1], estimates[1])
+    for weight, estimate in zip(weights[2:], estimates[2:]):
         total = combine(1.0, total, weight, estimate)
     return total
 
@@ -72,38 +73,26 @@ _EQUAL_STEPS = [lagrange_integrals([-float(i) for i in range(order)]) for order 
 
 
 def adams_bashforth(
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond = None,
-    memory: Memory | None = None,
-    order: int = 4,
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, order: int = 4,
     variable_steps: bool = True,
 ) -> Tensor:
-    """Explicit Adams-Bashforth in sigma / alpha, order 1 to 4, one evaluation. `variable_steps` False: the weights of equal steps on any grid (iPNDM)."""
+    """Explicit Adams-Bashforth in sigma / alpha, order 1 to 4, one evaluation.
+
+    `variable_steps` False: the weights of equal steps on any grid (iPNDM). Raises ValueError for another order."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"Adams-Bashforth is here of order 1, 2, 3 or 4, not {order}")
     _check_steps(memory, order)
-    x_hat = denoiser(z, t, cond)
-    here = sigma_over_alpha(denoiser, t, z)
+    x_hat, here = denoiser(z, t, cond), sigma_over_alpha(denoiser, t, z)
     if here is math.inf:
         return ddim_update(denoiser, z, x_hat, t, s)
     known = _recall(memory, t, noise_estimate(denoiser, z, x_hat, t), order, False)
-    places, step = (
-        [here, *(sigma_over_alpha(denoiser, u, z) for u, _ in known[1:])],
-        sigma_over_alpha(denoiser, s, z) - here,
-    )
-    if variable_steps:
-        weights = _weights_at(places, lambda places: lagrange_integrals([(place - here) / step for place in places]))
-    else:
-        weights = _weights_at(places, lambda places: _EQUAL_STEPS[len(places) - 1])
-    result = euler_update(denoiser, z, _weighted(weights, known), t, s)
-    return (
-        choose(torch.isfinite(here), result, lambda: ddim_update(denoiser, z, x_hat, t, s))
-        if isinstance(here, Tensor)
-        else result
-    )
+    places = [here, *(sigma_over_alpha(denoiser, u, z) for u, _ in known[1:])]
+    step = sigma_over_alpha(denoiser, s, z) - here
+    exact = lambda places: lagrange_integrals([(place - here) / step for place in places])
+    weights = _weights_at(places, exact if variable_steps else lambda places: _EQUAL_STEPS[len(places) - 1])
+    finite = torch.isfinite(here) if isinstance(here, Tensor) else True
+    end = euler_update(denoiser, z, _weighted(weights, known), t, s)
+    return choose(finite, end, lambda: ddim_update(denoiser, z, x_hat, t, s))
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #70c168fc
 def _half_log_snr(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
@@ -119,7 +108,8 @@ def _expm1(h: Time) -> Time:
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #3d93e410
 def _polynomial_weights(h: Time, lambdas: Sequence[Time], exact_integral: bool) -> list[Time]:
-    """Weights of the last estimates in a step of signed length `h`; `lambdas`: where they were made, newest first."""
+    """The weights of the last estimates in a step of signed length `h`, newest first, as `lambdas` are: where each was
+    made."""
     if len(lambdas) == 1:
         return [1.0]
     r_0 = (lambdas[0] - lambdas[1]) / abs(h)
@@ -129,35 +119,24 @@ def _polynomial_weights(h: Time, lambdas: Sequence[Time], exact_integral: bool) 
     phi_1 = _expm1(h)
     phi_2 = phi_1 / h - 1
     phi_3 = phi_2 / h - 0.5
-    first, second = (
-        phi_2 / phi_1,
-        (2 if exact_integral else 1) * phi_3 / phi_1,
-    )  # of the slope at t and of the second difference
+    first = phi_2 / phi_1  # of the slope at t
+    second = (2 if exact_integral else 1) * phi_3 / phi_1  # of the second difference
     both = (first * r_0 + second) / (r_0 + r_1)
     return [1 + (first + both) / r_0, -(first + both) / r_0 - both / r_1, both / r_1]
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #61ec463a
 def _multistep(
-    order: int,
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond,
-    memory: Memory | None,
-    lower_order_final: bool,
-    prediction: str,
-    exact_integral: bool = False,
+    order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, memory: Memory | None,
+    lower_order_final: bool, prediction: str, exact_integral: bool = False,
 ) -> Tensor:
     """DPM-Solver++, or DPM-Solver where `prediction` is "noise", of up to `order` remembered estimates."""
     if prediction not in ("data", "noise"):
         raise ValueError(f"prediction must be 'data' or 'noise', not {prediction!r}")
     _check_steps(memory, order)
-    x_hat = denoiser(z, t, cond)
-    update, sign, estimate = (
-        (ddim_update, -1, x_hat) if prediction == "data" else (euler_update, 1, noise_estimate(denoiser, z, x_hat, t))
-    )
-    here = _half_log_snr(denoiser, t, z)
+    x_hat, here = denoiser(z, t, cond), _half_log_snr(denoiser, t, z)
+    update, sign, estimate = ddim_update, -1, x_hat
+    if prediction == "noise":
+        update, sign, estimate = euler_update, 1, noise_estimate(denoiser, z, x_hat, t)
     known = _recall(memory, t, estimate, order, lower_order_final, isinstance(here, Tensor) or math.isfinite(here))
     finite = finite_ends(denoiser, t, s, z)
     if finite is False or (len(known) == 1 and not isinstance(finite, Tensor)):
@@ -165,35 +144,25 @@ def _multistep(
     lambdas = [here, *(_half_log_snr(denoiser, u, z) for u, _ in known[1:])]
     h = sign * (_half_log_snr(denoiser, s, z) - here)
     weights = _weights_at(lambdas, lambda lambdas: _polynomial_weights(h, lambdas, exact_integral))
-    return choose(
-        finite, update(denoiser, z, _weighted(weights, known), t, s), lambda: ddim_update(denoiser, z, x_hat, t, s)
-    )
+    end = update(denoiser, z, _weighted(weights, known), t, s)
+    return choose(finite, end, lambda: ddim_update(denoiser, z, x_hat, t, s))
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #764fa125
 def dpm_solver_pp_2m(
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond = None,
-    memory: Memory | None = None,
-    lower_order_final: bool = True,
-    prediction: str = "data",
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
+    lower_order_final: bool = True, prediction: str = "data",
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or DPM-Solver with `prediction` "noise". One earlier estimate lives in `memory`; without it the step is DDIM's."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or DPM-Solver with `prediction` "noise".
+
+    One earlier estimate lives in `memory`; without it the step is DDIM's."""
     return _multistep(2, denoiser, z, t, s, cond, memory, lower_order_final, prediction)
 
 
 def dpm_solver_pp_3m(
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond = None,
-    memory: Memory | None = None,
-    lower_order_final: bool = True,
-    prediction: str = "data",
-    exact_integral: bool = False,
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
+    lower_order_final: bool = True, prediction: str = "data", exact_integral: bool = False,
 ) -> Tensor:
-    """DPM-Solver++(3M) as published, of second order; `exact_integral` weighs the second difference by its integral, which makes the third."""
+    """DPM-Solver++(3M) as published, of second order.
+
+    `exact_integral` weighs the second difference by its integral, which makes the order third."""
     return _multistep(3, denoiser, z, t, s, cond, memory, lower_order_final, prediction, exact_integral)

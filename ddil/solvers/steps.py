@@ -19,15 +19,17 @@ from ..diffusion.schedule import Schedule, Time
 from ..diffusion.wrappers import Wrapper, saveable
 
 # %% auto #0
-__all__ = ['Solver', 'Memory', 'ddim_update', 'euler_update', 'noise_estimate', 'estimate', 'ddim', 'walk', 'finite_ends',
-           'choose', 'sigma_over_alpha', 'time_of', 'between', 'heun', 'dpm_solver_2', 'dpm_solver_pp_2s', 'rk4',
-           'AnalyticFirstStep', 'ddim_target']
+__all__ = ['Solver', 'Memory', 'ddim_update', 'euler_update', 'noise_estimate', 'estimate', 'ddim', 'ddim_target', 'walk',
+           'finite_ends', 'choose', 'time_of', 'sigma_over_alpha', 'between', 'heun', 'dpm_solver_2',
+           'dpm_solver_pp_2s', 'rk4', 'AnalyticFirstStep']
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #5230d264
 @dataclass
 class Memory:
-    """What a walk carries besides its state. `noise`: draws fresh noise shaped like a state; `remaining`: steps still to go, this one included;
-    `steps`: of the whole walk (0: not known); `history`: (time, estimate) of the last steps, newest first."""
+    """What a walk carries besides its state.
+
+    `noise`: draws fresh noise shaped like a state. `remaining`: steps still to go, this one included.
+    `steps`: of the whole walk (0: not known). `history`: (time, estimate) of the last steps, newest first."""
 
     noise: Callable[[Tensor], Tensor] = torch.randn_like
     remaining: int = 0
@@ -40,20 +42,16 @@ Solver = Callable[..., Tensor]
 # %% ../../nbs/02_solvers/01_steps.ipynb #e6da0d85
 def ddim_update(denoiser: Denoiser, z: Tensor, x_hat: Tensor, t: Time, s: Time) -> Tensor:
     """The DDIM step for a known clean estimate: z_s from z_t. Times are floats, or one per sample."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        coefficients(denoiser.schedule, t, z),
-        coefficients(denoiser.schedule, s, z),
-    )
+    alpha_t, sigma_t = coefficients(denoiser.schedule, t, z)
+    alpha_s, sigma_s = coefficients(denoiser.schedule, s, z)
     keep = sigma_s / sigma_t
     return combine(keep, z, alpha_s - keep * alpha_t, x_hat)
 
 
 def euler_update(denoiser: Denoiser, z: Tensor, eps_hat: Tensor, t: Time, s: Time) -> Tensor:
-    """The same step for a known noise estimate, which is the slope of the ODE; needs signal at `t`. Goes both ways: s may be noisier than t."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        coefficients(denoiser.schedule, t, z),
-        coefficients(denoiser.schedule, s, z),
-    )
+    """The same step for a known noise estimate, the ODE's slope. It needs signal at `t`; s may be noisier than t."""
+    alpha_t, sigma_t = coefficients(denoiser.schedule, t, z)
+    alpha_s, sigma_s = coefficients(denoiser.schedule, s, z)
     keep = alpha_s / alpha_t
     return combine(keep, z, sigma_s - keep * sigma_t, eps_hat)
 
@@ -65,7 +63,7 @@ def noise_estimate(denoiser: Denoiser, z: Tensor, x_hat: Tensor, t: Time) -> Ten
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #ee803bdd
 def estimate(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None) -> Tensor:
-    """The clean estimate for a step from t to s: a denoiser that takes the step's end as an input is told it."""
+    """The clean estimate for a step from t to s. A denoiser with the input "end" gets the step's end."""
     if "end" not in denoiser.inputs:
         return denoiser(z, t, cond)
     end = s if isinstance(s, Tensor) else torch.full((len(z),), s, dtype=torch.float64, device=z.device)
@@ -76,16 +74,23 @@ def ddim(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, mem
     """DDIM, which is Euler's method in sigma / alpha (Song et al. 2020, equation 12 with eta = 0)."""
     return ddim_update(denoiser, z, estimate(denoiser, z, t, s, cond), t, s)
 
+# %% ../../nbs/02_solvers/01_steps.ipynb #e39c52ac
+def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) -> Tensor:
+    """The clean estimate for which one DDIM step from (z, t) lands on z_s at s; at s = 0 that is z_s itself
+    (Salimans & Ho 2022, algorithm 2)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, z), coefficients(schedule, s, z)
+    keep = sigma_s / sigma_t
+    gap = alpha_s - keep * alpha_t
+    return combine(1 / gap, z_s, -keep / gap, z)
+
 # %% ../../nbs/02_solvers/01_steps.ipynb #632e9c8f
 def walk(
-    denoiser: Denoiser,
-    z: Tensor,
-    grid: Tensor,
-    cond: Cond = None,
-    solver: Solver = ddim,
+    denoiser: Denoiser, z: Tensor, grid: Tensor, cond: Cond = None, solver: Solver = ddim,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Iterator[Tensor]:
-    """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0]. Raises ValueError for a grid that does not fall, a state that is not finite."""
+    """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0].
+
+    Raises ValueError for a grid that does not fall, and for a state that is not finite."""
     stops = check_grid(grid).tolist()
     if not bool(torch.isfinite(z).all()):
         raise ValueError("the state that the walk starts from is not finite: look at what it was made with")
@@ -105,22 +110,13 @@ def finite_ends(denoiser: Denoiser, t: Time, s: Time, z: Tensor) -> bool | Tenso
 
 
 def choose(condition: bool | Tensor, if_true: Tensor, if_false: Callable[[], Tensor]) -> Tensor:
-    """Row by row where the condition is a tensor."""
+    """`if_true`; where the condition is a tensor, `if_false()` in the rows in which it does not hold."""
     return torch.where(condition, if_true, if_false()) if isinstance(condition, Tensor) else if_true
-
-
-def sigma_over_alpha(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
-    alpha, sigma = coefficients(denoiser.schedule, t, like)
-    return sigma / alpha if isinstance(alpha, Tensor) or alpha > 0 else math.inf
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #333770bf
 @lru_cache(maxsize=4096)
-def _time_of(schedule: Schedule, sigma_over_alpha: float) -> float:
-    return (
-        schedule.time(torch.tensor(-2 * math.log(sigma_over_alpha), dtype=torch.float64)).item()
-        if sigma_over_alpha > 0
-        else 0.0
-    )
+def _time_of(schedule: Schedule, ratio: float) -> float:
+    return schedule.time(torch.tensor(-2 * math.log(ratio), dtype=torch.float64)).item() if ratio > 0 else 0.0
 
 
 def time_of(schedule: Schedule, sigma_over_alpha: Time) -> Time:
@@ -131,17 +127,23 @@ def time_of(schedule: Schedule, sigma_over_alpha: Time) -> Time:
     return torch.where(ratio > 0, schedule.time(-2 * ratio.log()), 0.0)
 
 
+def sigma_over_alpha(denoiser: Denoiser, t: Time, like: Tensor) -> Time:
+    """The noise-to-signal ratio at `t`, in the form of `coefficients`; infinite where there is no signal."""
+    alpha, sigma = coefficients(denoiser.schedule, t, like)
+    return sigma / alpha if isinstance(alpha, Tensor) or alpha > 0 else math.inf
+
+
 def between(denoiser: Denoiser, t: Time, s: Time, r: Time, like: Tensor) -> Time:
-    """The time a fraction `r` of the way from t to s in log-SNR: its sigma / alpha is that of t to the 1 - r times that of s to the r."""
+    """The time a fraction `r` of the way from t to s in log-SNR."""
     here, there = sigma_over_alpha(denoiser, t, like), sigma_over_alpha(denoiser, s, like)
     middle = here ** (1 - r) * there**r
-    return time_of(
-        denoiser.schedule, torch.where(torch.isfinite(middle), middle, here) if isinstance(middle, Tensor) else middle
-    )
+    if isinstance(middle, Tensor):
+        middle = torch.where(torch.isfinite(middle), middle, here)
+    return time_of(denoiser.schedule, middle)
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #49251c1a
 def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
-    """Heun's method in sigma / alpha, two evaluations; one where the walk ends at 0 (Karras et al. 2022, algorithm 1)."""
+    """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1): two evaluations, one where the walk ends at 0."""
     x_hat = denoiser(z, t, cond)
     there, finite = ddim_update(denoiser, z, x_hat, t, s), finite_ends(denoiser, t, s, z)
     if finite is False:
@@ -153,7 +155,8 @@ def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, mem
 def dpm_solver_2(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, r: float = 0.5
 ) -> Tensor:
-    """DPM-Solver-2, single step, two evaluations, the second a fraction `r` of the way in log-SNR (Lu et al. 2022, algorithm 1 generalised)."""
+    """DPM-Solver-2 (Lu et al. 2022, algorithm 1 generalised): two evaluations, the second a fraction `r` of the way
+    in log-SNR. Raises ValueError unless r is in (0, 1]."""
     return _single_step(denoiser, z, t, s, cond, r, "noise")
 
 
@@ -173,18 +176,15 @@ def _single_step(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, r:
         return end()
     middle = between(denoiser, t, s, r, z)
     there = ddim_update(denoiser, z, x_hat, t, middle)
-    estimate, update, estimate_there = x_hat, ddim_update, denoiser(there, middle, cond)
+    update, here, inside = ddim_update, x_hat, denoiser(there, middle, cond)
     if prediction == "noise":
-        estimate, update, estimate_there = (
-            noise_estimate(denoiser, z, x_hat, t),
-            euler_update,
-            noise_estimate(denoiser, there, estimate_there, middle),
-        )
-    return choose(finite, update(denoiser, z, torch.lerp(estimate, estimate_there, 1 / (2 * r)), t, s), end)
+        update, here = euler_update, noise_estimate(denoiser, z, x_hat, t)
+        inside = noise_estimate(denoiser, there, inside, middle)
+    return choose(finite, update(denoiser, z, torch.lerp(here, inside, 1 / (2 * r)), t, s), end)
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #4bb303be
 def rk4(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
-    """The classical Runge-Kutta method of order 4 in sigma / alpha, four evaluations; DDIM's step where the walk ends at 0."""
+    """The classical Runge-Kutta method of order 4 in sigma / alpha, with four evaluations; DDIM where it ends at 0."""
     x_hat, finite = denoiser(z, t, cond), finite_ends(denoiser, t, s, z)
     if finite is False:
         return ddim_update(denoiser, z, x_hat, t, s)
@@ -225,11 +225,3 @@ class AnalyticFirstStep(Wrapper):
         scale = (alpha**2 + sigma**2) ** 0.5
         # (z - sigma z / scale) / alpha, without the division by a vanishing alpha
         return z * cast(alpha / (scale * (scale + sigma)), z.dtype)
-
-# %% ../../nbs/02_solvers/01_steps.ipynb #ef87df4f
-def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) -> Tensor:
-    """The clean estimate for which one DDIM step from (z, t) lands on z_s at s (Salimans & Ho 2022, algorithm 2). At s = 0 that is z_s itself."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, z), coefficients(schedule, s, z)
-    keep = sigma_s / sigma_t
-    gap = alpha_s - keep * alpha_t
-    return combine(1 / gap, z_s, -keep / gap, z)
