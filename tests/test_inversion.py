@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from forked import ROOT, alone, run_experiment
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -17,6 +17,7 @@ from ddil.measure.inversion import OPTIMIZERS, Descent, Problem, invert, prompt_
 from ddil.lab.results import read_results
 from ddil.datasets.scenes import SceneReader, write_tokenizer
 from ddil.datasets.scenes import tiny_pipeline
+from ddil.models.family import Prompts
 from ddil.models.pipeline import TextToImage
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -44,7 +45,7 @@ class Columns(nn.Module):
     def __init__(self, prediction: str):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.prediction, self.config, self.device = prediction, SimpleNamespace(in_channels=2, block_out_channels=(1,)), torch.device("cpu")
+        self.prediction, self.config, self.device = prediction, FrozenDict(in_channels=2, block_out_channels=(1,)), torch.device("cpu")
 
     def picture(self, embeddings: Tensor) -> Tensor:
         return embeddings[:, 1:9].transpose(1, 2).unflatten(1, (2, 8))
@@ -62,7 +63,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 def exact(tokenizer: CLIPTokenizer, prediction: str = "epsilon") -> TextToImage:
     """A model whose pictures spell their prompts."""
     network = Columns({"epsilon": "eps", "v_prediction": "v"}[prediction])
-    model = TextToImage(network, {**SCHEDULER, "prediction_type": prediction}, tokenizers=[tokenizer], text_encoders=[Lookup(len(tokenizer))])
+    model = TextToImage(network, {**SCHEDULER, "prediction_type": prediction}, Prompts([tokenizer], [Lookup(len(tokenizer))]))
     network.schedule = model.schedule
     return model
 
@@ -76,7 +77,7 @@ def test_the_known_words_are_found(tokenizer: CLIPTokenizer, optimizer: str, pre
     """By each optimiser, whatever the network predicts; the best of several starts, and better than no prompt."""
     model, text = exact(tokenizer, prediction), "four pink squares below a blue circle"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    found = invert(model, model.unet.picture(prompt_conditions(model, [ids])), tokens=len(ids), optimizer=optimizer, batch=1, restarts=2, **RATES[optimizer])
+    found = invert(model, model.network.picture(prompt_conditions(model, [ids])), tokens=len(ids), optimizer=optimizer, batch=1, restarts=2, **RATES[optimizer])
     assert (found.ids, found.text, found.reads_back) == (ids, text, True)
     assert found.held_out == min(found.restarts) < 1e-8 and found.empty > 0.05
 
@@ -84,7 +85,7 @@ def test_the_known_words_are_found(tokenizer: CLIPTokenizer, optimizer: str, pre
 def test_control_tokens_are_never_chosen(tokenizer: CLIPTokenizer) -> None:
     """Not even for a picture of them; nor anything else that is not allowed."""
     model, control = exact(tokenizer), tokenizer.all_special_ids
-    picture = model.unet.picture(prompt_conditions(model, [[control[0]] * 4]))
+    picture = model.network.picture(prompt_conditions(model, [[control[0]] * 4]))
     found = invert(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2)
     chosen = {i for ids in found.trace for i in ids}
     assert not chosen & set(control) and len(chosen) > 4
@@ -112,7 +113,7 @@ def test_an_update_is_the_gradient_at_the_words(tiny: Path) -> None:
     table = model.text_encoders[0].get_input_embeddings().weight.requires_grad_()
     framed = tokenizer(["two green triangles"], padding="max_length", max_length=16, return_tensors="pt").input_ids
     cond = model.text_encoders[0](framed)[0].expand(3, -1, -1)
-    output = model.unet(draw.z, draw.t.float() * 1000 - 1, cond).sample                            # this network predicts the noise
+    output = model.network(draw.z, draw.t.float() * 1000 - 1, cond).sample                            # this network predicts the noise
     expected = (output - draw.eps).square().mean()
     gradient, = torch.autograd.grad(expected, table)
     torch.testing.assert_close(loss, expected.item())
@@ -124,12 +125,12 @@ def test_the_result_depends_on_the_seed_alone(tiny: Path) -> None:
     """Not on the state of torch's own generator; and weights stay as they are."""
     model, runs = TextToImage.load(tiny), []
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    before = [value.clone() for part in (model.unet, model.text_encoders[0]) for value in part.state_dict().values()]
+    before = [value.clone() for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values()]
     for state, seed in ((1, 0), (2, 0), (2, 1)):
         torch.manual_seed(state)
         runs.append(invert(model, picture, tokens=3, updates=4, optimizer="adam", batch=2, seed=seed))
     assert runs[0] == runs[1] and runs[0].loss != runs[2].loss
-    assert all(torch.equal(one, other) for one, other in zip(before, (value for part in (model.unet, model.text_encoders[0]) for value in part.state_dict().values())))
+    assert all(torch.equal(one, other) for one, other in zip(before, (value for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values())))
 
 
 def judges(folder: Path, tokenizer: CLIPTokenizer) -> dict[str, str]:

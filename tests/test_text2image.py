@@ -20,7 +20,8 @@ from ddil.diffusion.wrappers import Guided, innermost
 from ddil.files import read_tensors
 from ddil.solvers import walk
 from ddil.datasets.scenes import tiny_pipeline
-from ddil.models.pipeline import export_pipeline, TextToImage
+from ddil.models.export import export_pipeline
+from ddil.models.pipeline import TextToImage
 from ddil.distil.recipe import Plan, distil_text
 from ddil.training.journal import read_log
 
@@ -56,7 +57,7 @@ def test_sdxl_from_plan_to_plain_diffusers(models: dict[str, Path], tmp_path: Pa
     """Pooled embeddings and sizes travel through roll-ins, replay and guidance, and plain diffusers draws the student's pictures."""
     data = latents(models["StableDiffusionXL"])
     student = distil_text(plan(models["StableDiffusionXL"], tmp_path / "run", method=method), data=data)[2]
-    moved = max((after - before).abs().max() for after, before in zip(weights(student).values(), TextToImage.load(models["StableDiffusionXL"]).unet.state_dict().values()))
+    moved = max((after - before).abs().max() for after, before in zip(weights(student).values(), TextToImage.load(models["StableDiffusionXL"]).network.state_dict().values()))
     assert moved > 1e-4
     folder = export_pipeline(student, TextToImage.load(models["StableDiffusionXL"]), tmp_path / "out")
     plain = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)

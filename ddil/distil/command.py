@@ -18,7 +18,8 @@ from .doctor import examine
 from ..words import progress
 from ..files import write_text
 from ..training.launch import launch
-from ..models.pipeline import TextToImage, export_pipeline
+from ..models.export import export_pipeline
+from ..models.pipeline import TextToImage
 from .recipe import PRESETS, Plan, distil_text, plan_from, preset
 
 # %% auto #0

@@ -31,7 +31,8 @@ from ..models.unet import TextDenoiser
 from ..diffusion.schedule import DiscreteVP
 from ..rollins.states import States
 from ..datasets.captions import CaptionedImages
-from ..models.pipeline import KINDS, _prediction_of, _schedule_of
+from ..models.family import FAMILIES
+from ..models.schedulers import prediction_of, schedule_of
 from .recipe import Pieces, Plan, items_of, pieces
 
 # %% auto #0
@@ -255,13 +256,13 @@ def _index(plan: Plan) -> tuple[str, dict, dict | None, int]:
     if not (path / "model_index.json").exists():
         raise FileNotFoundError(f"{path} has no model_index.json: a pipeline in diffusers' format is needed, with VAE, tokenizer and text encoder")
     index = json.loads((path / "model_index.json").read_text())
-    if index.get("_class_name") not in KINDS:
-        raise ValueError(f"{path} is a {index.get('_class_name')}; known are {', '.join(KINDS)}")
+    if index.get("_class_name") not in FAMILIES:
+        raise ValueError(f"{path} is a {index.get('_class_name')}; known are {', '.join(FAMILIES)}")
     missing = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None and not (path / name).is_dir() and name not in ("safety_checker", "feature_extractor", "image_encoder")]
     if missing:
         raise FileNotFoundError(f"{path} lacks {', '.join(missing)}: copy the whole pipeline")
     read = lambda *parts: json.loads(path.joinpath(*parts).read_text())
-    return KINDS[index["_class_name"]], read("unet", "config.json"), read("scheduler", "scheduler_config.json"), int(read("tokenizer", "tokenizer_config.json").get("model_max_length", 77))
+    return FAMILIES[index["_class_name"]].name, read("unet", "config.json"), read("scheduler", "scheduler_config.json"), int(read("tokenizer", "tokenizer_config.json").get("model_max_length", 77))
 
 
 def _weights(plan: Plan) -> str:
@@ -320,7 +321,7 @@ def examine(plan: Plan, flops: float | None = None) -> Report:
     report, found = Report(), {}
     known = report.check("model", lambda: found.update(index=_index(plan)) or f"{found['index'][0]} in {plan.model}")
     if known and found["index"][2] is not None:
-        report.check("scheduler", lambda: f"{_schedule_of(found['index'][2]).spacing} betas, predicts {_prediction_of(found['index'][2])}")
+        report.check("scheduler", lambda: f"{schedule_of(found['index'][2]).spacing} betas, predicts {prediction_of(found['index'][2])}")
         report.check("weights", lambda: _weights(plan))
     report.check("data", lambda: found.update(data=_data(plan)) or found["data"][0])
     if known:

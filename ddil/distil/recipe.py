@@ -45,7 +45,8 @@ from ..rollins.states import Data, RollIn, States
 from ..rollins.teacher import Teacher
 from ..datasets.cache import build_cache
 from ..datasets.captions import CaptionedImages, Entry, open_captions
-from ..models.pipeline import TextToImage, check_prediction
+from ..models.pipeline import TextToImage
+from ..models.schedulers import check_prediction
 from ..models.adapters import export_adapters, roles
 from ..training.parallel import make_accelerator
 from ..training.settings import Settings

@@ -24,8 +24,7 @@ from ..words import did_you_mean
 class PromptedModel(Protocol):
     """What is asked of a text-to-image model here; `ddil.models.pipeline` has one."""
 
-    kind: str
-    unet: nn.Module
+    network: nn.Module
     schedule: DiscreteVP
     tokenizers: list[CLIPTokenizer]
     text_encoders: list[nn.Module]
@@ -87,9 +86,12 @@ def prompt_conditions(model: PromptedModel, prompts: Sequence[Sequence[int]]) ->
 
 
 def _check_model(model: PromptedModel) -> None:
-    if model.kind == "StableDiffusionXL":
-        raise ValueError("SDXL has two text encoders with an embedding table each, and one prompt cannot be searched in both: invert with a Stable Diffusion model")
     model.need("text_encoders")
+    if len(model.text_encoders) > 1:
+        raise ValueError(
+            "this model has two text encoders with an embedding table each, and one prompt cannot be searched in both: "
+            "invert with a Stable Diffusion model"
+        )
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #a4883a29
 HELD_OUT = 32  # states by which prompts are compared
@@ -170,7 +172,7 @@ def _knots(times: tuple[float, float], knots: int) -> tuple[int, int]:
 
 
 def _checked_latents(model: PromptedModel, latents: Tensor) -> Tensor:
-    config = model.unet.config
+    config = model.network.config
     multiple = 2 ** (len(config.block_out_channels) - 1)
     if latents.ndim != 4 or len(latents) < 1 or latents.shape[1] != config.in_channels or latents.shape[2] % multiple or latents.shape[3] % multiple:
         raise ValueError(f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with sides that are multiples of {multiple}, as encode_images gives them; not {tuple(latents.shape)}")
