@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
-from ..diffusion.wrappers import innermost
-from ..diffusion.noise import sample_noise
 from ..diffusion.grids import check_grid
+from ..diffusion.noise import sample_noise
+from ..diffusion.wrappers import innermost
 from .multistep import adams_bashforth, dpm_solver_pp_2m, dpm_solver_pp_3m
 from ddil.solvers.steps import (
     AnalyticFirstStep, Memory, Solver, ddim, ddim_update, dpm_solver_2, dpm_solver_pp_2s, estimate,
@@ -31,29 +31,12 @@ from .stochastic import ancestral, consistency, ctm, renoise, tcd
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #14ba30cb
 _all_ = [
-    "AnalyticFirstStep",
-    "Memory",
-    "Solver",
-    "walk",
-    "renoise",
-    "ddim_update",
-    "euler_update",
-    "noise_estimate",
-    "estimate",
-    "ddim",
-    "heun",
-    "dpm_solver_2",
-    "dpm_solver_pp_2s",
-    "dpm_solver_pp_2m",
-    "dpm_solver_pp_3m",
-    "adams_bashforth",
-    "rk4",
-    "ancestral",
-    "consistency",
-    "ctm",
-    "tcd",
+    "AnalyticFirstStep", "Memory", "Solver", "walk", "renoise", "ddim_update", "euler_update", "noise_estimate",
+    "estimate", "ddim", "heun", "dpm_solver_2", "dpm_solver_pp_2s", "dpm_solver_pp_2m", "dpm_solver_pp_3m",
+    "adams_bashforth", "rk4", "ancestral", "consistency", "ctm", "tcd",
 ]
 
+# %% ../../nbs/02_solvers/04_solvers.ipynb #1a8cb775
 ODE_SOLVERS: dict[str, Solver] = {
     solver.__name__: solver
     for solver in (ddim, heun, dpm_solver_2, dpm_solver_pp_2s, dpm_solver_pp_2m, dpm_solver_pp_3m, adams_bashforth, rk4)
@@ -68,84 +51,65 @@ def solver_by_name(name: str, **options: float | bool | str) -> Solver:
         raise ValueError(f"unknown solver {name!r}; known are {', '.join(SOLVERS)}")
     known = list(inspect.signature(SOLVERS[name]).parameters)[6:]
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{name} has no option {', '.join(unknown)}; "
-            + (f"its options are {', '.join(known)}" if known else "it has none")
-        )
+        choice = f"its options are {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; {choice}")
     return partial(SOLVERS[name], **options) if options else SOLVERS[name]
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #17af69ea
 def sample(
-    denoiser: Denoiser,
-    ids: Sequence[int],
-    shape: Sequence[int],
-    grid: Tensor,
-    cond: Cond = None,
-    solver: Solver = ddim,
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    trajectory: bool = False,
-    progress: bool = False,
+    denoiser: Denoiser, ids: Sequence[int], shape: Sequence[int], grid: Tensor, cond: Cond = None,
+    solver: Solver = ddim, *, seed: int = 0, batch_size: int = 256, trajectory: bool = False, progress: bool = False,
     report: dict[str, float] | None = None,
 ) -> Tensor:
     """Samples of `shape` for `ids`: sample i depends on (seed, i), its row of `cond` and the weights, not on the batch.
 
-    Returns (len(ids), *shape), or with `trajectory` (len(grid), len(ids), *shape) from the starting noise to the end, on the denoiser's device.
-    `report` is filled with "evaluations" of the network in all, "NFE" for each sample, and "seconds". Raises ValueError for samples that are not finite.
-    """
+    Returns (len(ids), *shape), or with `trajectory` (len(grid), len(ids), *shape) from the starting noise to the end,
+    on the denoiser's device. `report` is filled with "evaluations" of the network in all, "NFE" for each sample, and
+    "seconds". Raises ValueError if there is nothing to sample, and for samples that are not finite."""
     if len(ids) == 0 or batch_size < 1:
         raise ValueError(f"nothing to sample: {len(ids)} ids in batches of {batch_size}")
     map_cond(lambda c: _check_rows(c, len(ids)), cond)
     denoiser.check_condition(cond, len(ids))
     before, begin = innermost(denoiser).evaluations, perf_counter()
+    one = partial(_walked, denoiser, shape=tuple(shape), grid=check_grid(grid), solver=solver, seed=seed,
+                  trajectory=trajectory)
+    batches = [slice(k, k + batch_size) for k in range(0, len(ids), batch_size)]
     with torch.inference_mode():
-        parts = _batches(
-            denoiser, list(ids), tuple(shape), check_grid(grid), cond, solver, seed, batch_size, trajectory, progress
-        )
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise ValueError(
-            "samples are not finite at the end of the walk: the weights hold NaN, or the solver diverged on this grid (try ddim, or more steps)"
-        )
+        parts = [one(list(ids)[rows], map_cond(lambda c: c[rows], cond))
+                 for rows in tqdm(batches, "sampling", disable=not progress)]
+    _check_finite(parts)
     if report is not None:
         made = innermost(denoiser).evaluations - before
         report.update(evaluations=made, NFE=made / len(ids), seconds=perf_counter() - begin)
     return torch.cat(parts, dim=1 if trajectory else 0)  # an ordinary tensor, which autograd may use
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #9b45d5af
+def _walked(
+    denoiser: Denoiser, ids: list[int], cond: Cond, *, shape: tuple[int, ...], grid: Tensor, solver: Solver, seed: int,
+    trajectory: bool,
+) -> Tensor:
+    """The samples, or trajectories, of one batch."""
+    cond = map_cond(lambda c: c.to(denoiser.device), cond)
+    z = sample_noise(ids, shape, seed).to(denoiser.device) * denoiser.schedule.prior_scale(grid[0].item())
+    states = [z]
+    for z in walk(denoiser, z, grid, cond, solver, _keyed_noise(ids, seed)):
+        states = [*states, z] if trajectory else [z]
+    return torch.stack(states) if trajectory else z
+
+
 def _keyed_noise(ids: Sequence[int], seed: int) -> Callable[[Tensor], Tensor]:
-    """Fresh noise for the steps of a stochastic walk that, too, belongs to the sample (draw 0 is the starting noise)."""
+    """Fresh noise for the steps of a stochastic walk. It, too, belongs to the sample (draw 0 is the starting noise)."""
     draws = iter(range(1, 1 << 62))
     return lambda like: sample_noise(ids, like.shape[1:], seed, next(draws)).to(like)
-
-
-def _batches(
-    denoiser: Denoiser,
-    ids: list[int],
-    shape: tuple[int, ...],
-    grid: Tensor,
-    cond: Cond,
-    solver: Solver,
-    seed: int,
-    batch_size: int,
-    trajectory: bool,
-    progress: bool,
-) -> list[Tensor]:
-    """The samples, or trajectories, of each batch."""
-    parts, scale = [], denoiser.schedule.prior_scale(grid[0].item())
-    for start in tqdm(range(0, len(ids), batch_size), "sampling", disable=not progress):
-        rows = ids[start : start + batch_size]
-        part = map_cond(lambda c: c[start : start + batch_size].to(denoiser.device), cond)
-        z = sample_noise(rows, shape, seed).to(denoiser.device) * scale
-        states = [z] if trajectory else []
-        for z in walk(denoiser, z, grid, part, solver, _keyed_noise(rows, seed)):
-            if trajectory:
-                states.append(z)
-        parts.append(torch.stack(states) if trajectory else z)
-    return parts
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #15b54ddb
 def _check_rows(cond: Tensor, n: int) -> Tensor:
     if len(cond) != n:
         raise ValueError(f"the condition has {len(cond)} rows for {n} samples")
     return cond
+
+
+def _check_finite(parts: Sequence[Tensor]) -> None:
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise ValueError("samples are not finite at the end of the walk: the weights hold NaN, "
+                         "or the solver diverged on this grid (try ddim, or more steps)")

@@ -8,37 +8,32 @@ __all__ = ['ancestral', 'renoise', 'consistency', 'ctm', 'tcd']
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #1fe8af37
 import math
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, cast
-from ..diffusion.wrappers import innermost
+from ..diffusion.denoiser import Cond, Denoiser, cast, coefficients, combine
 from ..diffusion.schedule import Schedule, Time
+from ..diffusion.wrappers import innermost
 from .steps import Memory, Solver, ddim, estimate, sigma_over_alpha, time_of
 
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #7f29f653
 def ancestral(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """Ancestral step with variance interpolation `gamma` in [0, 1]; no noise when the walk ends at 0 (Salimans & Ho 2022, equation 4)."""
+    """The ancestral step with variance interpolation `gamma` in [0, 1]; no noise when the walk ends at 0
+    (Salimans & Ho 2022, equation 4)."""
     _check_share("gamma", gamma)
     x_hat, draw = denoiser(z, t, cond), (memory or Memory()).noise
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        coefficients(denoiser.schedule, t, z),
-        coefficients(denoiser.schedule, s, z),
-    )
+    alpha_t, sigma_t = coefficients(denoiser.schedule, t, z)
+    alpha_s, sigma_s = coefficients(denoiser.schedule, s, z)
     shrink = (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2  # exp(lambda_t - lambda_s)
     mean = combine(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), z, (1 - shrink) * alpha_s, x_hat)
     if not isinstance(s, Tensor) and s == 0:
         return mean
     scale_t, scale_s = (alpha_t**2 + sigma_t**2) ** 0.5, (alpha_s**2 + sigma_s**2) ** 0.5  # R
+    variance = (1 - shrink) * (sigma_s / scale_s) ** (2 * (1 - gamma)) * (sigma_t / scale_t) ** (2 * gamma)
     # No noise is left at s = 0, whatever gamma (sigma_s^0 would be 1 there).
-    spread = (
-        scale_s
-        * ((1 - shrink) * (sigma_s / scale_s) ** (2 * (1 - gamma)) * (sigma_t / scale_t) ** (2 * gamma)) ** 0.5
-        * (sigma_s > 0)
-    )
-    return combine(1.0, mean, spread, draw(z))
+    return combine(1.0, mean, scale_s * variance**0.5 * (sigma_s > 0), draw(z))
 
 
 def _check_share(name: str, value: float) -> None:
@@ -48,15 +43,12 @@ def _check_share(name: str, value: float) -> None:
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #c725d460
 def renoise(denoiser: Denoiser, z: Tensor, t: Time, s: Time, noise: Tensor) -> Tensor:
     """Forward diffusion from `t` to the noisier `s`."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        coefficients(denoiser.schedule, t, z),
-        coefficients(denoiser.schedule, s, z),
-    )
+    alpha_t, sigma_t = coefficients(denoiser.schedule, t, z)
+    alpha_s, sigma_s = coefficients(denoiser.schedule, s, z)
     keep = alpha_s / alpha_t
     variance = sigma_s**2 - (keep * sigma_t) ** 2
-    return combine(
-        keep, z, variance.clamp(min=0) ** 0.5 if isinstance(variance, Tensor) else max(variance, 0.0) ** 0.5, noise
-    )
+    variance = variance.clamp(min=0) if isinstance(variance, Tensor) else max(variance, 0.0)
+    return combine(keep, z, variance**0.5, noise)
 
 
 def _is_last(s: Time, memory: Memory) -> bool:
@@ -66,7 +58,8 @@ def _is_last(s: Time, memory: Memory) -> bool:
 def consistency(
     denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, t_min: float = 0.0
 ) -> Tensor:
-    """Estimate, then noise the estimate, a state at `t_min`, to `s`; at the last step no noise is added (Song et al. 2023, algorithm 1)."""
+    """The estimate, a state at `t_min`, with noise added up to `s`; at the last step no noise is added
+    (Song et al. 2023, algorithm 1)."""
     memory, x_hat = memory or Memory(), estimate(denoiser, z, t, t_min, cond)
     if not _is_last(s, memory):
         return renoise(denoiser, x_hat, t_min, s, memory.noise(z))
@@ -74,53 +67,34 @@ def consistency(
     return x_hat * cast(alpha_s / alpha_min, z.dtype)
 
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #57c2b0c6
-def _beyond_and_back(
-    denoiser: Denoiser, z: Tensor, t: Time, beyond: Time, s: Time, cond: Cond, memory: Memory, jump: Solver
-) -> Tensor:
-    return renoise(denoiser, jump(denoiser, z, t, beyond, cond), beyond, s, memory.noise(z))
-
-
 def ctm(
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond = None,
-    memory: Memory | None = None,
-    gamma: float = 0.5,
-    t_min: float = 0.0,
-    jump: Solver = ddim,
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
+    gamma: float = 0.5, t_min: float = 0.0, jump: Solver = ddim,
 ) -> Tensor:
-    """Jump beyond `s` by `gamma` in [0, 1], between s (0) and `t_min` (1), and noise back to it (Kim et al. 2023, algorithm 3)."""
+    """A jump beyond `s` by `gamma` in [0, 1], between s (0) and `t_min` (1), and noise back to it
+    (Kim et al. 2023, algorithm 3)."""
     _check_share("gamma", gamma)
     memory = memory or Memory()
     if gamma == 0 or _is_last(s, memory):
         return jump(denoiser, z, t, s, cond)
     least = sigma_over_alpha(denoiser, t_min, z)
     beyond = time_of(denoiser.schedule, (1 - gamma**2) ** 0.5 * (sigma_over_alpha(denoiser, s, z) - least) + least)
-    return _beyond_and_back(denoiser, z, t, beyond, s, cond, memory, jump)
+    return renoise(denoiser, jump(denoiser, z, t, beyond, cond), beyond, s, memory.noise(z))
 
 
 def tcd(
-    denoiser: Denoiser,
-    z: Tensor,
-    t: Time,
-    s: Time,
-    cond: Cond = None,
-    memory: Memory | None = None,
-    eta: float = 0.3,
-    knots: int | None = 1000,
-    jump: Solver = ddim,
+    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
+    eta: float = 0.3, knots: int | None = 1000, jump: Solver = ddim,
 ) -> Tensor:
-    """Jump beyond `s` by `eta` in [0, 1] of the model's own time, in whole steps of its `knots` (None: continuous), and noise back to it (Zheng et al. 2024, algorithm 2)."""
+    """A jump beyond `s` by `eta` in [0, 1] of the model's own time, in whole steps of its `knots` (None: continuous),
+    and noise back to it (Zheng et al. 2024, algorithm 2)."""
     _check_share("eta", eta)
-    memory = memory or Memory()
+    memory, model = memory or Memory(), innermost(denoiser).schedule
     if eta == 0 or _is_last(s, memory):
         return jump(denoiser, z, t, s, cond)
-    own = _shortened(_in_time_of(denoiser.schedule, innermost(denoiser).schedule, s), eta, knots)
-    return _beyond_and_back(
-        denoiser, z, t, _in_time_of(innermost(denoiser).schedule, denoiser.schedule, own), s, cond, memory, jump
-    )
+    own = _shortened(_in_time_of(denoiser.schedule, model, s), eta, knots)
+    beyond = _in_time_of(model, denoiser.schedule, own)
+    return renoise(denoiser, jump(denoiser, z, t, beyond, cond), beyond, s, memory.noise(z))
 
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #22d7fe59
 def _shortened(s: Time, eta: float, knots: int | None) -> Time:
@@ -137,8 +111,6 @@ def _in_time_of(schedule: Schedule, other: Schedule, t: Time) -> Time:
     """The time at which `other` has the log-SNR that `schedule` has at t."""
     if schedule == other:
         return t
-    return (
-        other.time(schedule.log_snr(t))
-        if isinstance(t, Tensor)
-        else other.time(torch.tensor(schedule.log_snr(t), dtype=torch.float64)).item()
-    )
+    if isinstance(t, Tensor):
+        return other.time(schedule.log_snr(t))
+    return other.time(torch.tensor(schedule.log_snr(t), dtype=torch.float64)).item()
