@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ddil"
 FLOORS = [("words", "files"), ("forms",), ("diffusion",), ("solvers",), ("rollins",), ("methods", "measure"), ("training",),
-          ("models",), ("datasets",), ("distil",), ("lab", "cli", "benchmarks")]
+          ("models",), ("datasets",), ("distil",), ("lab",), ("cli", "benchmarks")]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 

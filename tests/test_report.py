@@ -17,7 +17,7 @@ from scipy import stats
 import ddil.cli
 import ddil.lab.report
 import ddil.lab.site
-from ddil.lab.tables import Table, as_csv, collate, digits_of, find_results, latex, markdown, one_table, protocols_apart, published, tables
+from ddil.lab.collate import MetricTable, as_csv, collate, digits_of, find_results, latex, markdown, one_table, protocols_apart, published, tables
 from ddil.lab.pages import dead_links
 from ddil.lab.results import read_results, row, write_results
 
@@ -87,14 +87,14 @@ def parsed(form: str, text: str) -> dict[str, list[list[float]]]:
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
+def table(tmp_path: Path) -> MetricTable:
     """The table of a run on three seeds."""
     run(tmp_path / "run", (0, 1, 2))
     return tables(collate(find_results([tmp_path])))[0]
 
 
 @pytest.mark.parametrize(("form", "write"), [("markdown", markdown), ("latex", latex)])
-def test_tables_hold_the_numbers(table: Table, form: str, write: Any) -> None:
+def test_tables_hold_the_numbers(table: MetricTable, form: str, write: Any) -> None:
     """What Markdown and LaTeX print, read back, is each mean with its interval to the digits printed, in the column of its steps."""
     found = parsed(form, write(table))
     assert list(found) == ["PD", "PD + DDIL", "PD + DDIL − PD"] and found["PD + DDIL"][1] == []
@@ -104,7 +104,7 @@ def test_tables_hold_the_numbers(table: Table, form: str, write: Any) -> None:
     assert "500" in write(table) and "the teacher" in write(table)
 
 
-def test_csv_holds_every_digit(table: Table) -> None:
+def test_csv_holds_every_digit(table: MetricTable) -> None:
     """CSV read back is what was measured, exactly."""
     back = pd.read_csv(io.StringIO(as_csv([table])))
     arms = back[back["kind"] == "arm"].set_index(["arm", "steps"])
@@ -112,7 +112,7 @@ def test_csv_holds_every_digit(table: Table) -> None:
         assert [arms.loc[(entry["label"], entry["steps"]), key] for key in ("mean", "low", "high")] == [entry[key] for key in ("mean", "low", "high")]
 
 
-def test_paired_differences(table: Table, tmp_path: Path) -> None:
+def test_paired_differences(table: MetricTable, tmp_path: Path) -> None:
     """PD + DDIL minus PD is the mean and Student's interval of the differences seed by seed, as SciPy has it, also across folders."""
     by_hand = stats.ttest_rel(list(WITH.values()), list(PLAIN.values())).confidence_interval(0.95)
     (change,) = table.differences.to_dict("records")

@@ -27,6 +27,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..lab.tables import Table
 from ..rollins.data import TensorData
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.noise import Source
@@ -58,7 +59,7 @@ from ..training.settings import Settings
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['TRAJECTORY', 'Turns', 'START', 'SCHEDULERS', 'SAMPLERS', 'PARTS', 'stopwatch', 'alternate', 'Row', 'table',
+__all__ = ['TRAJECTORY', 'Turns', 'START', 'SCHEDULERS', 'SAMPLERS', 'PARTS', 'stopwatch', 'alternate', 'Row', 'table_of_ratios',
            'text_problem', 'stage_trainer', 'units', 'collected_batches', 'even_seeds', 'stage_ratios', 'stage_rows',
            'say', 'Call', 'network_calls', 'play_back', 'update_rows', 'against_calls', 'method_trainer',
            'matching_trainer', 'method_rows', 'Tenth', 'last', 'against_diffusers', 'k_diffusion', 'Half',
@@ -105,11 +106,11 @@ class Row:
         return self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #c991075c
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+def table_of_ratios(rows: Sequence[Row]) -> Table:
+    """The rows as a table."""
     bound = {"lower": "≤", "higher": "≥"}
-    lines = [f"| {row.name} | {row.ratio:.3f} | {bound[row.better]} {row.target:g} | {'yes' if row.ok else '**no**'} | {row.spread:.3f} |" for row in rows]
-    return "\n".join(["| ratio of | measured | target | met | spread |", "|---|---|---|---|---|", *lines])
+    lines = [[row.name, f"{row.ratio:.3f}", f"{bound[row.better]} {row.target:g}", "yes" if row.ok else "**no**", f"{row.spread:.3f}"] for row in rows]
+    return Table.of(["ratio of", "measured", "target", "met", "spread"], lines)
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #6ba02958
 def text_problem(rows: int = 256, seed: int = 0, device: str | torch.device = "cpu") -> Problem:
@@ -500,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     rows = measure(given.quick, given.device, [given.part] if given.part else PARTS)
-    print(table(rows))
+    print(table_of_ratios(rows).markdown())
     if k_diffusion() is None:
         print("\nThe rows against k-diffusion are left out, for it is not installed: `make venv` does that.")
     write_text(given.output, json.dumps([asdict(row) for row in rows], indent=1))
