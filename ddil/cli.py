@@ -16,7 +16,8 @@ __all__ = ['COMMANDS', 'parser', 'main', 'command']
 # %% ../nbs/10_lab/17_cli.ipynb #78f30f94
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("ddil.distil.command", "estimate memory and time, and check everything, before anything is launched"),
-    "distil": ("ddil.distil.command", "distil a text-to-image model into a few-step student"),
+    "distil": ("ddil.distil.command", "distil a model into a few-step student"),
+    "methods": ("ddil.distil.command", "list the menu: every method with its papers, what it needs and what it costs"),
     "batch": ("ddil.lab.runner", "run the notebooks of batch files, here or on a cluster"),
     "report": ("ddil.lab.report", "collate results into tables, curves and pages"),
     "site": ("ddil.lab.site", "build the documentation from a clone of the repository"),

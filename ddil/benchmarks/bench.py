@@ -34,7 +34,8 @@ from ..diffusion.noise import Source
 from ..diffusion.wrappers import Guided, innermost
 from ..models.unet import NetworkDenoiser, TextDenoiser
 from ..distil.problem import digits_problem, Problem
-from ..distil.stages import Recipe
+from ..distil.plan import Plan
+from ..distil.stages import stage_of
 from ..rollins.ddil import DDIL
 from ..files import write_text
 from ..methods.base import Method
@@ -125,13 +126,11 @@ def text_problem(rows: int = 256, seed: int = 0, device: str | torch.device = "c
     return Problem(Guided(denoiser.requires_grad_(False), 7.5), student, TensorData(torch.randn(rows, 4, 16, 16), torch.randn(rows, 77, 128)), (4, 16, 16), 7.5)
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #668134c7
-def stage_trainer(problem: Problem, recipe: Recipe) -> Trainer:
-    """A trainer of the first stage of `recipe`, which shares no network with another."""
-    teacher, student = (recipe.reflect(copy.deepcopy(denoiser)) for denoiser in (problem.teacher, problem.student))
-    expert, settings = Teacher(teacher, uniform_grid(recipe.stages[0])), recipe.settings(recipe.stages[1])
-    rollin = recipe.ddil.states(student, expert, problem.data, problem.shape, settings.updates, settings.batch, settings.seed)
-    accelerator = make_accelerator("cpu" if student.device.type == "cpu" else "auto")
-    return Trainer(student.train(), Progressive(expert, recipe.weighting), rollin, settings, accelerator=accelerator)
+def stage_trainer(problem: Problem, plan: Plan) -> Trainer:
+    """A trainer of the first stage of `plan`, which shares no network with another."""
+    ready = stage_of(replace(problem, teacher=copy.deepcopy(problem.teacher)), plan)
+    accelerator = make_accelerator("cpu" if problem.student.device.type == "cpu" else "auto")
+    return Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings, accelerator=accelerator)
 
 
 def units(trainer: Trainer, updates: int) -> int:
@@ -139,47 +138,47 @@ def units(trainer: Trainer, updates: int) -> int:
     return sum(trainer.evaluations.values()) + 2 * updates * trainer.settings.batch
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #8713d624
-def collected_batches(recipe: Recipe, seed: int) -> np.ndarray:
+def collected_batches(plan: Plan, seed: int) -> np.ndarray:
     """(updates,) booleans: in which updates the mixture of this seed takes a collected batch."""
-    prior, stage = staged(*recipe.collected, recipe.updates), replace(recipe, seed=seed).settings(recipe.stages[1])
-    return np.array([generator(stage.seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(recipe.updates)])
+    prior, stage = staged(*plan.collected, plan.updates), plan.but(seed=seed).settings(plan.stages[1])
+    return np.array([generator(stage.seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(plan.updates)])
 
 
-def even_seeds(recipe: Recipe, count: int) -> list[int]:
+def even_seeds(plan: Plan, count: int) -> list[int]:
     """The first `count` seeds with as many collected batches, before and after the change, as asked for on average."""
-    change = staged(*recipe.collected, recipe.updates).starts[1]
+    change = staged(*plan.collected, plan.updates).starts[1]
     parts = (slice(0, change), slice(change, None))
-    asked = [round(p * len(range(recipe.updates)[part])) for p, part in zip(recipe.collected, parts)]
+    asked = [round(p * len(range(plan.updates)[part])) for p, part in zip(plan.collected, parts)]
     seeds: list[int] = []
     for seed in range(100_000):
-        if len(seeds) < count and [collected_batches(recipe, seed)[part].sum() for part in parts] == asked:
+        if len(seeds) < count and [collected_batches(plan, seed)[part].sum() for part in parts] == asked:
             seeds.append(seed)
         if len(seeds) == count:
             return seeds
-    raise ValueError(f"no {count} seeds draw {asked} collected batches in {recipe}")
+    raise ValueError(f"no {count} seeds draw {asked} collected batches in {plan}")
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #cf3d70ad
-def stage_ratios(problem: Problem, recipe: Recipe, chunk: int = 10) -> tuple[float, float]:
+def stage_ratios(problem: Problem, plan: Plan, chunk: int = 10) -> tuple[float, float]:
     """Seconds of one DDIL stage over those of the same stage of PD, and the same ratio of counted evaluations."""
-    plain = replace(recipe, collected=(0, 0))
+    plain = plan.but(collected=(0, 0))
     stage_trainer(problem, plain).update(0)  # warms the process up
-    trainers = {"PD": stage_trainer(problem, plain), "DDIL": stage_trainer(problem, recipe)}
+    trainers = {"PD": stage_trainer(problem, plain), "DDIL": stage_trainer(problem, plan)}
 
     def advance(trainer: Trainer, steps: Iterator[int]) -> None:
         for step in islice(steps, chunk):
             trainer.update(step)
 
-    turns = {name: partial(advance, trainer, iter(range(recipe.updates))) for name, trainer in trainers.items()}
-    seconds = alternate(turns, -(-recipe.updates // chunk), stopwatch(problem.student.device), warm_up=0)
-    work = {name: units(trainer, recipe.updates) for name, trainer in trainers.items()}
+    turns = {name: partial(advance, trainer, iter(range(plan.updates))) for name, trainer in trainers.items()}
+    seconds = alternate(turns, -(-plan.updates // chunk), stopwatch(problem.student.device), warm_up=0)
+    work = {name: units(trainer, plan.updates) for name, trainer in trainers.items()}
     return seconds["DDIL"].sum() / seconds["PD"].sum(), work["DDIL"] / work["PD"]
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #e3d13769
-def stage_rows(name: str, problem: Problem, recipe: Recipe, seeds: int, target: float = 0.95) -> list[Row]:
+def stage_rows(name: str, problem: Problem, plan: Plan, seeds: int, target: float = 0.95) -> list[Row]:
     """DDIL ÷ PD on whole stages of several seeds: by the clock, and counted."""
     pairs = []
-    for seed in even_seeds(recipe, seeds):
-        pairs.append(stage_ratios(problem, replace(recipe, seed=seed)))
+    for seed in even_seeds(plan, seeds):
+        pairs.append(stage_ratios(problem, plan.but(seed=seed)))
         say(f"{name}, seed {seed}: DDIL ÷ PD {pairs[-1][0]:.3f} by the clock, {pairs[-1][1]:.3f} counted")
     timed, counted = zip(*pairs)
     return [Row.of(f"DDIL update ÷ PD update, {name}", timed, target), Row.of(f"the same, counted in network evaluations, {name}", counted, target)]
@@ -241,9 +240,9 @@ def play_back(calls: Sequence[Call], optimizer: torch.optim.Optimizer | None = N
             parameter.grad = None
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #253a96d0
-def update_rows(name: str, problem: Problem, recipe: Recipe, rounds: int) -> list[Row]:
+def update_rows(name: str, problem: Problem, plan: Plan, rounds: int) -> list[Row]:
     """A PD update ÷ the network calls in it, and ÷ these with a fused AdamW step."""
-    return against_calls("PD", name, stage_trainer(problem, replace(recipe, collected=(0, 0))), rounds)
+    return against_calls("PD", name, stage_trainer(problem, plan.but(collected=(0, 0))), rounds)
 
 
 def against_calls(method: str, name: str, trainer: Trainer, rounds: int) -> list[Row]:
@@ -482,11 +481,11 @@ def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PAR
             rows += method_rows(name, problem, *((1, 2) if quick else (rounds, batch)))
     if "training" not in parts:
         return rows
-    digit = Recipe((16, 8), updates=20 if quick else 200)
-    text = Recipe((4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off")
-    for name, problem, recipe, seeds, rounds in (("digits", digits_problem(device=device), digit, 4, 100), ("15 M U-Net", text_problem(device=device), text, 2, 8)):
-        rows += stage_rows(name, problem, recipe, 1 if quick else seeds)
-        rows += update_rows(name, problem, recipe, 1 if quick else rounds)
+    digit = Plan(stages=(16, 8), updates=20 if quick else 200)
+    text = Plan(stages=(4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off")
+    for name, problem, plan, seeds, rounds in (("digits", digits_problem(device=device), digit, 4, 100), ("15 M U-Net", text_problem(device=device), text, 2, 8)):
+        rows += stage_rows(name, problem, plan, 1 if quick else seeds)
+        rows += update_rows(name, problem, plan, 1 if quick else rounds)
     return rows
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #b5bc87d1

@@ -16,20 +16,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .bench import alternate, network_calls, peak_bytes, play_back, say, stopwatch
 from ..rollins.data import TensorData
 from ..models.unet import TextDenoiser
-from ..distil.doctor import Shapes, memory, operations, rehearsal, _forward
+from ..distil.doctor import Rehearsal, Shapes, memory, operations, rehearse, shapes_of_problem
+from ..distil.plan import Plan
+from ..distil.problem import Problem
+from ..distil.stages import make_ready, stage_of
 from ..files import write_text
+from ..diffusion.grids import trailing_grid
 from ..diffusion.schedule import DiscreteVP
-from ..distil.recipe import Plan, pieces
+from ..diffusion.wrappers import Guided
 from ..training.parallel import make_accelerator
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['SD15', 'TINY', 'SSD1B', 'SIZES', 'WAYS', 'MEMORY', 'PEAKS', 'plan_for', 'trainer_for', 'measured', 'ddil_over_pd',
-           'peak_of', 'measure', 'main']
+__all__ = ['SD15', 'TINY', 'SSD1B', 'SIZES', 'WAYS', 'MEMORY', 'SCALE', 'PEAKS', 'plan_for', 'trainer_for', 'rehearsed',
+           'measured', 'ddil_over_pd', 'peak_of', 'measure', 'main']
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #bfaf2155
 SD15 = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
@@ -40,15 +45,18 @@ SSD1B = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=
              transformer_layers_per_block=(1, (2, 2), (4, 4)), reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
              up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), mid_block_type="UNetMidBlock2D", addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 SIZES = {"sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512), "ssd1b": (SSD1B, Shapes.of(SSD1B, (4, 128, 128), 77), 1024), "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64)}
-WAYS = {"PD": {"collected": (0.0, 0.0)}, "DDIL": {}, "LCM": {"method": "LCM", "collected": (0.0, 0.0)}, "SFD": {"method": "SFD"}}
-MEMORY = {"DDIL": {}, "DDIL, adapters": {"adapters": "lora"}, "DMD2, three networks": {"method": "DMD2"}, "DMD2, roles": {"method": "DMD2", "adapters": "lora"}}
+WAYS = {"PD": {"collected": (0.0, 0.0)}, "DDIL": {}, "LCM": {"method": "lcm", "collected": (0.0, 0.0)}, "SFD": {"method": "sfd"}}
+MEMORY = {"DDIL": {}, "DDIL, adapters": {"adapters": "lora"}, "DMD2, three networks": {"method": "dmd2"}, "DMD2, roles": {"method": "dmd2", "adapters": "lora"}}
+SCALE = 7.5  # of guidance
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # dense bf16 operations per second, by the makers' data sheets
 
 
 def plan_for(size: str, way: dict, batch: int, **more) -> Plan:
     """The plan of one row: a stage from 8 steps to 4."""
     precision = "bf16" if torch.cuda.is_available() else "no"
-    return Plan("random weights", "random latents", size=SIZES[size][2], stages=(8, 4), batch=batch, updates=1000, capacity=4 * batch, precision=precision, rank=4 if size == "tiny" else 64, **{**way, **more})
+    values = dict(stages=(8, 4), batch=batch, updates=1000, precision=precision, rank=4 if size == "tiny" else 64, ema=None, reflection="off")
+    values |= {} if way.get("method") == "sfd" else {"capacity": 4 * batch}
+    return Plan(**{**values, **way, **more})
 
 
 def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
@@ -59,10 +67,19 @@ def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
     base = TextDenoiser(UNet2DConditionModel.from_config(config), DiscreteVP(), "eps", torch.zeros(shapes.cond["embeddings"]), null_text_embeds=pooled).to(device)
     cond = {name: torch.randn(64, *shape) for name, shape in shapes.cond.items()}
     data = TensorData(torch.randn(64, *shapes.sample), cond if len(cond) > 1 else cond["embeddings"])
-    made = pieces(plan, plan.pairs[0], base, data, shapes.sample).frozen(plan)
-    return Trainer(made.student, made.method, made.rollin, made.settings, accelerator=make_accelerator("cpu" if device == "cpu" else "auto", plan.precision))
+    base = base.eval().requires_grad_(False)
+    ready = stage_of(Problem(Guided(base, SCALE), base, data, shapes.sample, SCALE, {"weights": "random"}, trailing_grid), plan)
+    make_ready(plan, ready)
+    return Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings, accelerator=make_accelerator("cpu" if device == "cpu" else "auto", plan.precision))
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #2fde7d4b
+def rehearsed(size: str, plan: Plan) -> tuple[Problem, Rehearsal]:
+    """The network of that size without numbers, and an update of it rehearsed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    problem = shapes_of_problem(*SIZES[size][:2], SCALE, mode)
+    return problem, rehearse(plan, problem, mode)
+
+
 def measured(size: str, name: str, plan: Plan, device: str, rounds: int, peak_operations: float | None) -> dict[str, float]:
     """One method: seconds of an update, the share of its bare evaluations in it, and the share of the device's operations that it uses."""
     trainer, now = trainer_for(size, plan, device), stopwatch(device)
@@ -72,10 +89,10 @@ def measured(size: str, name: str, plan: Plan, device: str, rounds: int, peak_op
     with trainer.accelerator.autocast():
         seconds = alternate({"update": lambda: trainer.update(2), "bare": lambda: play_back(calls)}, rounds, now, warm_up=2)
     mean = float(np.median(seconds["update"]))
-    forward = _forward(*SIZES[size][:2], plan.batch)
     told = {"update, seconds": mean, "share of bare evaluations": float(np.median(seconds["bare"] / seconds["update"]))}
     if peak_operations:
-        told["model FLOP utilisation"] = operations(plan, forward) / mean / peak_operations
+        problem, rehearsal = rehearsed(size, plan)
+        told["model FLOP utilisation"] = operations(plan, problem, rehearsal.forward) / mean / peak_operations
     say(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in told.items()))
     return told
 
@@ -97,9 +114,7 @@ def ddil_over_pd(size: str, batch: int, device: str, updates: int) -> float:
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #0923391d
 def peak_of(size: str, plan: Plan, device: str) -> tuple[int, int]:
     """Peak bytes of training by this plan, measured, and as the doctor estimates them."""
-    config, shapes, _ = SIZES[size]
-    made, peak = rehearsal(plan, config, shapes)
-    estimate = memory(plan, made, peak, shapes)
+    estimate = memory(plan, rehearsed(size, plan)[1])
 
     def train() -> None:
         trainer = trainer_for(size, plan, device)
