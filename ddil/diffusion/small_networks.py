@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/01_diffusion/07_small_networks.ipynb #71bbf433
 class MLP(ModelMixin, ConfigMixin):
-    """A residual perceptron on points of `dim` elements, with embeddings of the time and, optionally, of a class label, added in every layer."""
+    """A residual perceptron on points of `dim` elements.
+
+    Embeddings of the time and, where there are `num_class_embeds`, of a class label are added in every layer."""
 
     @register_to_config
     def __init__(self, dim: int, width: int = 256, depth: int = 3, num_class_embeds: int | None = None):
@@ -22,10 +24,7 @@ class MLP(ModelMixin, ConfigMixin):
         self.sinusoids = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(64, width)
         self.label = None if num_class_embeds is None else nn.Embedding(num_class_embeds, width)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(_layer(width) for _ in range(depth))
 
     @property
     def narrowest(self) -> str:
@@ -44,6 +43,10 @@ class MLP(ModelMixin, ConfigMixin):
             hidden = hidden + layer(hidden + embedding)
         return (self.out(hidden),)
 
+
+def _layer(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
 # %% ../../nbs/01_diffusion/07_small_networks.ipynb #8a1d493e
 class Classifier(ModelMixin, ConfigMixin):
     """A convolutional classifier of small grey images; `features` are the activations before its last layer."""
@@ -53,20 +56,16 @@ class Classifier(ModelMixin, ConfigMixin):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((1, width), (width, 2 * width), (2 * width, 2 * width)):
-            layers += [
-                nn.Conv2d(before, after, 3, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(2) if before > 1 else nn.Identity(),
-            ]
-        self.body = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.25), nn.Linear(2 * width * (size // 4) ** 2, features), nn.ReLU()
-        )
+            smaller = nn.MaxPool2d(2) if before > 1 else nn.Identity()
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), smaller]
+        last = nn.Linear(2 * width * (size // 4) ** 2, features)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.25), last, nn.ReLU())
         self.head = nn.Linear(features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """images: (n, 1, size, size) in [-1, 1]; returns (n, features)."""
+        """(n, features), of images: (n, 1, size, size) in [-1, 1]."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, (n, num_classes)."""
+        """The logits, (n, num_classes)."""
         return self.head(self.features(images))
