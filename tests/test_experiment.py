@@ -90,7 +90,7 @@ def test_the_solvers_experiment(tmp_path: Path) -> None:
     rows = {(row["arm"], row["steps"]): row for row in read_results(tmp_path)["rows"] if row["metric"] == "endpoint error (mixture)"}
     assert {arm for arm, _ in rows} >= {"DDIM", "Heun", "RK4", "AMED-Solver", "AMED-Plugin", "GITS, published"} and ("consistency", 4) not in rows
     assert ("Heun", 5) not in rows and ("DDIM + AFS", 5) in rows and rows["DPM++ 2M", 5]["mean"] < rows["DDIM", 2]["mean"]
-    kept = tmp_path / "passes" / "mixture-0.json"
+    kept = tmp_path / "passes" / "mixture-fixed-0.json"
     before = kept.stat().st_mtime_ns
     assert not alone(run_experiment, ROOT / "experiments/solvers.ipynb", {**parameters, "seeds": [0]})
     assert kept.stat().st_mtime_ns == before
