@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..diffusion.noise import Source
 from .ramp import check_mixing, Ramp
-from .states import cat_states, RollIn, States
+from .states import cat_states, RollIn, States, under, within
 
 # %% auto #0
 __all__ = ['Mixture']
@@ -62,10 +62,12 @@ class Mixture(RollIn):
         return shares | {f"{name} {key}": value for name, part in self.parts.items() for key, value in part.log().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        parts = {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
-        return {"asked": torch.from_numpy(self.asked), "used": torch.from_numpy(self.used), **parts}
+        state = {"asked": torch.from_numpy(self.asked), "used": torch.from_numpy(self.used)}
+        for name, part in self.parts.items():
+            state |= under(name, part.state_dict())
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.asked, self.used = state["asked"].numpy().copy(), state["used"].numpy().copy()
         for name, part in self.parts.items():
-            part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")})
+            part.load_state_dict(within(name, state))

@@ -9,11 +9,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.noise import Source
 from .rollout import Rollout
-from .states import RollIn, States
+from .states import RollIn, States, under, within
 
 # %% auto #0
-__all__ = ['Replay']
+__all__ = ['Ring', 'Replay']
+
+# %% ../../nbs/03_rollins/07_replay.ipynb #5491fa03
+class Ring:
+    """The last `slots` states of each of `lanes` lanes, one for each row of the global batch. A process holds the states of its own rows."""
+
+    def __init__(self, slots: int, lanes: int, source: Source):
+        self.slots, self.lanes, self.source = slots, lanes, source
+        self.states: States | None = None  # every tensor (slots, lanes of this process, …)
+        self.born = np.zeros((slots, lanes), np.int64)  # the update at which a state was collected, in all lanes
+        self.written = np.zeros(lanes, np.int64)  # states ever written to each lane
+
+    def write(self, states: States, lanes: np.ndarray, step: int) -> None:
+        """Write one state into each of some lanes, over the oldest there; `states` are this process' share of them."""
+        mine = torch.from_numpy(lanes[self.source.rows(len(lanes))] - self.source.rows(self.lanes)[0])
+        slot = self.written[lanes[0]] % self.slots
+        if self.states is None:
+            self._make_room(states)
+        new = (states if self.states.teacher_z is None else states.room_for_labels()).flat()
+        for name, kept in self.states.flat().items():
+            kept[slot].index_copy_(0, mine.to(kept.device), new[name])
+        self.born[slot, lanes] = step
+        self.written[lanes] += 1
+
+    def _make_room(self, like: States) -> None:
+        size = (self.slots, len(self.source.rows(self.lanes)))
+        with torch.inference_mode(False):  # states of a walk come without gradients, and these are trained on
+            self.states = like.map(lambda value: torch.zeros((*size, *value.shape[1:]), dtype=value.dtype, device=value.device))
+
+    def read(self, slot: np.ndarray, rows: np.ndarray) -> States:
+        """The states in some slots, one for each of the `rows` of the global batch (of this process)."""
+        index = torch.from_numpy(slot), torch.from_numpy(rows - self.source.rows(self.lanes)[0])
+        return self.states.map(lambda value: value[tuple(i.to(value.device) for i in index)])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        states = {} if self.states is None else under("store", self.states.flat())
+        return {"written": torch.from_numpy(self.written), "born": torch.from_numpy(self.born), **states}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.written, self.born = (state[name].numpy().copy() for name in ("written", "born"))
+        if tensors := within("store", state):
+            self.states = States.from_flat(tensors).map(lambda value: value.to(self.source.device, copy=True))
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #1fd4fd9b
 class Replay(RollIn):
@@ -25,18 +67,15 @@ class Replay(RollIn):
     def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0, trajectories: int | None = None):
         self.rollout, self.source, self.asks_apart = rollout, rollout.source, rollout.asks_apart
         self.batch, self.reuse, self.trajectories = batch, reuse, trajectories or batch
-        self.slots = capacity // batch
-        if self.slots < rollout.nodes:
-            raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states for each of {batch} rows: at least {rollout.nodes * batch}")
-        world = self.source.shard.world
+        world, least = self.source.shard.world, rollout.nodes * batch
+        if capacity // batch < rollout.nodes:
+            raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states for each of {batch} rows: at least {least}")
         if batch % self.trajectories or self.trajectories % world:
             raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} and be shared by {world} processes: "
                              f"choose a batch that is a multiple of {4 * world}")
         if not reuse > 0:
             raise ValueError(f"reuse must be positive, not {reuse}")
-        self.store: States | None = None                          # every tensor (slots, lanes of this process, …)
-        self.born = np.zeros((self.slots, batch), np.int64)       # at which update a state was collected, in all lanes
-        self.written = np.zeros(batch, np.int64)                  # states ever written to each lane
+        self.ring = Ring(capacity // batch, batch, self.source)
         self.collections = self.served = self.age = 0
 
     def collect(self, step: int) -> None:
@@ -44,56 +83,36 @@ class Replay(RollIn):
         n = self.batch if self.collections == 0 else self.trajectories
         stride = self.batch // n
         lanes = self.collections % stride + stride * np.arange(n)
-        local = torch.from_numpy(lanes[self.source.rows(n)] - self.source.rows(self.batch)[0])
         for states in self.rollout.trajectories(n, step):
-            slot = self.written[lanes[0]] % self.slots
-            self._write(states, slot, local)
-            self.born[slot, lanes] = step
-            self.written[lanes] += 1
+            self.ring.write(states, lanes, step)
         self.collections += 1
-
-    def _write(self, states: States, slot: int, local: Tensor) -> None:
-        if self.store is None:
-            size = (self.slots, len(self.source.rows(self.batch)))
-            with torch.inference_mode(False):
-                self.store = states.map(lambda value: torch.zeros((*size, *value.shape[1:]), dtype=value.dtype, device=value.device))
-        new = (states if self.store.teacher_z is None else states.room_for_labels()).flat()
-        for name, kept in self.store.flat().items():
-            kept[slot].index_copy_(0, local.to(kept.device), new[name])
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         if n != self.batch:
             raise ValueError(f"this replay serves batches of {self.batch}, not {n}")
-        if self.collections == 0 or self.served >= self.reuse * self.written.sum():
+        if self.collections == 0 or self.served >= self.reuse * self.ring.written.sum():
             self.collect(step)
-        filled = np.minimum(self.written, self.slots)
+        filled = np.minimum(self.ring.written, self.ring.slots)
         slot = (self.source.generator("replay", step).random(n) * filled).astype(np.int64)
         asked = np.arange(n) if rows is None else np.flatnonzero(rows)
         self.served += len(asked)
-        self.age = step - self.born[slot[asked], asked].mean() if len(asked) else self.age
+        self.age = step - self.ring.born[slot[asked], asked].mean() if len(asked) else self.age
         mine = self.source.rows(n, rows)
-        index = torch.from_numpy(slot[mine]), torch.from_numpy(mine - self.source.rows(n)[0])
-        return self.store.map(lambda value: value[tuple(i.to(value.device) for i in index)])
+        return self.ring.read(slot[mine], mine)
 
     def log(self) -> dict[str, float]:
         """What was collected and reused, the age in updates of the last batch, and the roll-out's own log."""
-        collected = int(self.written.sum())
+        collected = int(self.ring.written.sum())
         reused = self.served / collected if collected else 0.0
         return {"collected states": collected, "reuse asked": self.reuse, "reuse used": reused, "age": float(self.age), **self.rollout.log()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors of a flat dictionary."""
-        counters = np.array([self.collections, self.served], np.int64)
-        state = {"counters": torch.from_numpy(counters), "written": torch.from_numpy(self.written), "born": torch.from_numpy(self.born),
-                 "age": torch.tensor(float(self.age), dtype=torch.float64), **{f"rollout.{key}": value for key, value in self.rollout.state_dict().items()}}
-        if self.store is not None:
-            state |= {f"store.{name}": value for name, value in self.store.flat().items()}
-        return state
+        numbers = {"counters": torch.tensor([self.collections, self.served]), "age": torch.tensor(float(self.age), dtype=torch.float64)}
+        return {**numbers, **self.ring.state_dict(), **under("rollout", self.rollout.state_dict())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.collections, self.served = (int(value) for value in state["counters"])
-        self.written, self.born, self.age = state["written"].numpy().copy(), state["born"].numpy().copy(), state["age"].item()
-        self.rollout.load_state_dict({key.removeprefix("rollout."): value for key, value in state.items() if key.startswith("rollout.")})
-        if "store.z" in state:
-            tensors = {key.removeprefix("store."): value for key, value in state.items() if key.startswith("store.")}
-            self.store = States.from_flat(tensors).map(lambda value: value.to(self.source.device, copy=True))
+        self.age = state["age"].item()
+        self.ring.load_state_dict(state)
+        self.rollout.load_state_dict(within("rollout", state))

@@ -17,13 +17,23 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond, map_cond
 
 # %% auto #0
-__all__ = ['Origin', 'States', 'cat_states', 'RollIn', 'Data']
+__all__ = ['Origin', 'under', 'within', 'States', 'cat_states', 'RollIn', 'Data']
 
 # %% ../../nbs/03_rollins/01_states.ipynb #c08e58b8
 class Origin(IntEnum):
     """Who brought a state about: noised data, the walk's starting noise, or the last transition by teacher or student."""
 
     DATA, NOISE, TEACHER, STUDENT = 0, 1, 2, 3
+
+# %% ../../nbs/03_rollins/01_states.ipynb #7ff9f5e9
+def under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A flat dictionary as a part of a larger one: each key under `name`, as "name.key"."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}
+
+
+def within(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a flat dictionary that lies under `name`."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 # %% ../../nbs/03_rollins/01_states.ipynb #0b9a8997
 @dataclass
@@ -56,13 +66,12 @@ class States:
         """All that is known as one flat dictionary of tensors, which share their memory with these states; a condition `key` is "cond.key"."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cond"}
         conditions = self.cond if isinstance(self.cond, dict) else {"": self.cond}
-        values |= {f"cond.{key}": value for key, value in conditions.items()}
-        return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
+        return {name: torch.as_tensor(value) for name, value in (values | under("cond", conditions)).items() if value is not None}
 
     @staticmethod
     def from_flat(tensors: Mapping[str, Tensor]) -> States:
         """The states that `flat` made a dictionary of; names that are none of theirs are left aside."""
-        conditions = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
+        conditions = within("cond", tensors)
         values = {field.name: tensors[field.name] for field in fields(States) if field.name in tensors}
         values |= {name: values[name].cpu().numpy() for name in ("origin", "known") if name in values}
         return States(cond=conditions.get("", conditions or None), **values)
