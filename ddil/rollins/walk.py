@@ -20,31 +20,40 @@ from .teacher import Teacher
 from ..solvers import AnalyticFirstStep, ddim, walk
 
 # %% auto #0
-__all__ = ['Walk']
+__all__ = ['is_analytic', 'Walk']
+
+# %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
+def is_analytic(student: Denoiser, t: float) -> bool:
+    """Whether the student's step from t is one that no network decides."""
+    while isinstance(student, Wrapper):
+        if isinstance(student, AnalyticFirstStep):
+            return t == student.at
+        student = student.denoiser
+    return False
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #d2f684e0
 class Walk(RollIn):
-    """The student's own walk, one node per update: the batch of an update is where the student arrived in the one before (SFD, Zhou et al. 2024).
+    """The student's own walk, one node an update: a batch is where the student arrived in the one before (SFD, Zhou et al. 2024).
 
-    `labeller`: "trajectory", the teacher's own walk from the same noise (published), or "teacher", the teacher asked again at the student's state (DAgger).
-    `driver`: "student", or "teacher" for walks along the teacher's path (the vanilla form, that of behaviour cloning).
-    `teacher`: several, with grids of several lengths, take turns at random; a student with the input "steps" is told which.
-    An analytic first step (`AnalyticFirstStep`) is walked, and not trained.
+    `labeller`: "trajectory", the teacher's own walk from the same noise (published), or "teacher", asked again at the student's state
+    (DAgger). `driver`: "student", or "teacher" for walks along the teacher's path (behaviour cloning). `teacher`: several, with grids
+    of several lengths, take turns at random; a student with the input "steps" is told which.
     """
 
-    def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int], data: Data | None = None, labeller: str = "trajectory",
-                 driver: str = "student", source: Source | int = Source()):
-        if labeller not in ("trajectory", "teacher") or driver not in ("student", "teacher") or (labeller, driver) == ("teacher", "teacher"):
-            raise ValueError(f"labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
+    def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int], data: Data | None = None,
+                 labeller: str = "trajectory", driver: str = "student", source: Source | int = Source()):
+        if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
+            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' or 'teacher', "
+                             f"not {labeller!r} and {driver!r}")
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
             raise ValueError("student and teachers must walk on one schedule, and labels be one step of the student ahead")
         self.student, self.shape, self.data, self.labeller, self.driver = student, tuple(shape), data, labeller, driver
         self.source = Source.of(source).on(student.device)
-        self.walks, self.place = 0, 0          # walks begun, node of the last batch in the present one
-        self.teacher = self._turn()            # the one of the present walk
-        self.last: States | None = None        # the batch of the last update
-        self.path: Tensor | None = None        # the teacher's states at the student's nodes, (nodes, rows of this process, …)
+        self.walks, self.place = 0, 0  # walks begun, node of the last batch in the present one
+        self.teacher = self._turn()  # the one of the present walk
+        self.last: States | None = None  # the batch of the last update
+        self.path: Tensor | None = None  # where the teacher's own walk arrives at the student's nodes, (nodes, rows, …)
 
     def _turn(self) -> Teacher:
         """Whose turn it is in the present walk."""
@@ -86,22 +95,18 @@ class Walk(RollIn):
         self.place += 1
         return self._here(states.arrival, states.cond, np.full(len(states), Origin[self.driver.upper()]))
 
-    def _next(self, n: int) -> States:
-        states = self._begin(n) if self.last is None or self.place == len(self.teacher.student_grid) - 2 else self._go_on()
-        if _is_analytic(self.student, self._times()[0]):
-            self.last = states
-            return self._go_on()
-        return states
-
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        self.last = self._next(n)
+        ended = self.last is None or self.place == len(self.teacher.student_grid) - 2
+        self.last = self._begin(n) if ended else self._go_on()
+        if is_analytic(self.student, self._times()[0]):
+            self.last = self._go_on()
         return self.last if rows is None else self.last[np.flatnonzero(rows[self.source.rows(n)])]
 
     def log(self) -> dict[str, float]:
         return {"walks": self.walks}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as tensors of a flat dictionary."""
+        """The last batch, where it stands in its walk, and the labels that are still to come."""
         if self.last is None:
             return {}
         path = {} if self.path is None else {"path": self.path}
@@ -116,12 +121,3 @@ class Walk(RollIn):
         self.path = tensors.get("path")
         here = self._here(tensors["z"], None, np.zeros(len(tensors["z"]), int))  # what an older checkpoint does not repeat
         self.last = States.from_flat({**here.flat(), **tensors})
-
-# %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
-def _is_analytic(student: Denoiser, t: float) -> bool:
-    """Whether the student's step from t is one that no network decides."""
-    while isinstance(student, Wrapper):
-        if isinstance(student, AnalyticFirstStep):
-            return t == student.at
-        student = student.denoiser
-    return False
