@@ -8,43 +8,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import coefficients, combine, Cond, Denoiser, map_cond, cast
-from ..diffusion.wrappers import innermost, Wrapper
-from ..diffusion.noise import generator, sample_noise
+from ..diffusion.denoiser import Cond, Denoiser, cast, coefficients, combine, map_cond
 from ..diffusion.grids import check_grid
+from ..diffusion.noise import generator, sample_noise
 from ..diffusion.schedule import Time
+from ..diffusion.wrappers import Wrapper, innermost
 from . import ODE_SOLVERS, ddim, ddim_update, euler_update, noise_estimate, solver_by_name
-from .steps import Memory, between, choose, finite_ends, sigma_over_alpha, time_of, walk
+from .steps import Memory, Solver, between, choose, finite_ends, sigma_over_alpha, time_of, walk
 
 # %% auto #0
-__all__ = ['listening', 'AMED', 'insert_nodes', 'train_amed']
+__all__ = ['listening', 'StepPredictor', 'AMED', 'insert_nodes', 'train_amed']
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #76702b06
 @contextmanager
 def listening(denoiser: Denoiser) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the bottleneck features, (n, positions), of each evaluation of the network inside `denoiser`."""
-    heard: list[Tensor] = []
+    """Yields a list, into which go the bottleneck features, (n, positions), of each evaluation of the network."""
+    features: list[Tensor] = []
     middle = getattr(getattr(innermost(denoiser), "network", None), "mid_block", None)
     if middle is None:
-        yield heard
+        yield features
         return
-    handle = middle.register_forward_hook(
-        lambda module, inputs, output: heard.append(output.mean(1).flatten(1).detach().float())
-    )
+    keep = lambda module, inputs, output: features.append(output.mean(1).flatten(1).detach().float())
+    handle = middle.register_forward_hook(keep)
     try:
-        yield heard
+        yield features
     finally:
         handle.remove()
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #2ce03124
 class _Answered(Wrapper):
-    """A denoiser that knows the answer at one state already, and is told another time where the time is `at`."""
+    """A denoiser that knows the answer at one state, and is asked at the time `instead` where the time is `at`."""
 
     def __init__(
         self,
@@ -52,79 +52,73 @@ class _Answered(Wrapper):
         z: Tensor | None,
         x_hat: Tensor | None,
         at: Time | None = None,
-        told: Time | None = None,
+        instead: Time | None = None,
     ):
         super().__init__(denoiser)
-        self.z, self.x_hat, self.at, self.told = z, x_hat, at, told
+        self.z, self.x_hat, self.at, self.instead = z, x_hat, at, instead
 
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         if z is self.z:
             return self.x_hat
-        if self.told is None or t is not self.at:
+        if self.instead is None or t is not self.at:
             return self.denoiser(z, t, cond)
-        here, there = coefficients(self.schedule, t, z)[0], coefficients(self.schedule, self.told, z)[0]
-        return self.denoiser(z * cast(there / here, z.dtype), self.told, cond)
+        here, there = coefficients(self.schedule, t, z)[0], coefficients(self.schedule, self.instead, z)[0]
+        return self.denoiser(z * cast(there / here, z.dtype), self.instead, cond)
 
-# %% ../../nbs/02_solvers/06_amed.ipynb #580330f1
-class AMED(nn.Module):
-    """A learned solver step, called like every solver. `features`: positions of the bottleneck (0: none); `base`: name of the solver that it plugs into, or None
-    for the AMED-Solver; `scale_direction`, `scale_time`: how far c and a may stray from 1 (0: not at all). `provenance`: how it was trained, plain values."""
+# %% ../../nbs/02_solvers/06_amed.ipynb #46674113
+class StepPredictor(nn.Module):
+    """What a learned step needs to know: where to ask inside it (r), and factors for the slope (c) and the time (a).
 
-    def __init__(
-        self,
-        features: int = 0,
-        base: str | None = None,
-        scale_direction: float = 0.01,
-        scale_time: float = 0.0,
-        width: int = 128,
-    ):
+    `features`: positions of the bottleneck (0: none). `scale_direction`, `scale_time`: how far c and a may stray from 1
+    (0: not at all). Raises ValueError for a scale outside [0, 1)."""
+
+    def __init__(self, features: int, scale_direction: float, scale_time: float, width: int):
         super().__init__()
-        if base is not None and base not in ODE_SOLVERS:
-            raise ValueError(f"AMED plugs into a deterministic solver, one of {', '.join(ODE_SOLVERS)}, not {base!r}")
         if not (0 <= scale_direction < 1 and 0 <= scale_time < 1):
             raise ValueError(f"scale_direction and scale_time are in [0, 1), not {scale_direction}, {scale_time}")
-        self.options = {
-            "features": features,
-            "base": base,
-            "scale_direction": scale_direction,
-            "scale_time": scale_time,
-            "width": width,
-        }
-        self.provenance: dict = {}
+        self.scales = {"direction": scale_direction, "time": scale_time}
         self.time_embedding = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
-        self.feature_embedding = (
-            nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, 4)) if features else None
-        )
-        heads = {"r": True, "direction": scale_direction > 0, "time": scale_time > 0}
-        self.heads = nn.ModuleDict({name: nn.Linear(20, 1) for name, wanted in heads.items() if wanted})
-        for head in self.heads.values():
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        embedding = (nn.Linear(features, width), nn.SiLU(), nn.Linear(width, 4)) if features else ()
+        self.feature_embedding = nn.Sequential(*embedding) if features else None
+        names = ["r", *(name for name, scale in self.scales.items() if scale > 0)]
+        self.heads = nn.ModuleDict({name: nn.Linear(20, 1) for name in names})
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)
 
     def _embed_time(self, sigma: Time, n: int) -> Tensor:
         weight = self.time_embedding[0].weight
-        log = (
-            torch.as_tensor(sigma, dtype=torch.float64, device=weight.device).clamp(1e-4, 1e4).log().flatten().expand(n)
-            / 4
-        )
-        angles = log[:, None] * 2.0 ** torch.arange(4, device=weight.device, dtype=torch.float64)
+        log = torch.as_tensor(sigma, dtype=torch.float64, device=weight.device).clamp(1e-4, 1e4).log().flatten()
+        angles = (log.expand(n) / 4)[:, None] * 2.0 ** torch.arange(4, device=weight.device, dtype=torch.float64)
         return self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1).to(weight.dtype))
 
-    def predict(
-        self, features: Tensor | None, sigma_t: Time, sigma_s: Time, like: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, features: Tensor | None, sigma_t: Time, sigma_s: Time, like: Tensor) -> tuple[Tensor, ...]:
         """r, c and a for each row, float64, shaped to multiply `like`."""
-        n = len(like)
-        seen = torch.zeros(n, 4, device=like.device)
-        if features is not None and self.feature_embedding is not None:
-            seen = self.feature_embedding(features[:n])
+        n, shape = len(like), (-1,) + (1,) * (like.ndim - 1)
+        known = features is not None and self.feature_embedding is not None
+        seen = self.feature_embedding(features[:n]) if known else torch.zeros(n, 4, device=like.device)
         joined = torch.cat([self._embed_time(sigma_t, n), self._embed_time(sigma_s, n), seen], 1)
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        half = {
-            name: head(joined).double().sigmoid().view(shape) for name, head in self.heads.items()
-        }  # in (0, 1), 1/2 at first
-        stray = lambda name, scale: 1 + scale * (2 * half[name] - 1) if name in half else torch.ones_like(half["r"])
-        return half["r"], stray("direction", self.options["scale_direction"]), stray("time", self.options["scale_time"])
+        half = {name: head(joined).double().sigmoid().view(shape) for name, head in self.heads.items()}  # 1/2 at first
+        one = torch.ones_like(half["r"])
+        stray = (1 + scale * (2 * half[name] - 1) if name in half else one for name, scale in self.scales.items())
+        return half["r"], *stray
+
+# %% ../../nbs/02_solvers/06_amed.ipynb #580330f1
+class AMED(StepPredictor):
+    """A learned solver step, called like every solver. `base`: the name of the solver that it plugs into, or None for
+    the AMED-Solver; else as `StepPredictor`. `provenance`: how it was trained, plain values.
+
+    Raises ValueError for a base that is not a deterministic solver."""
+
+    def __init__(
+        self, features: int = 0, base: str | None = None, scale_direction: float = 0.01, scale_time: float = 0.0,
+        width: int = 128,
+    ):
+        if base is not None and base not in ODE_SOLVERS:
+            raise ValueError(f"AMED plugs into a deterministic solver, one of {', '.join(ODE_SOLVERS)}, not {base!r}")
+        super().__init__(features, scale_direction, scale_time, width)
+        self.options = {"features": features, "base": base, "scale_direction": scale_direction,
+                        "scale_time": scale_time, "width": width}
+        self.provenance: dict = {}
 
     def forward(
         self, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None
@@ -132,40 +126,43 @@ class AMED(nn.Module):
         base, finite = ODE_SOLVERS[self.options["base"] or "ddim"], finite_ends(denoiser, t, s, z)
         if finite is False:
             return base(denoiser, z, t, s, cond, memory)
-        with listening(denoiser) as heard:
+        with listening(denoiser) as features:
             x_hat = denoiser(z, t, cond)
-        r, c, a = self.predict(
-            heard[0] if heard else None, sigma_over_alpha(denoiser, t, z), sigma_over_alpha(denoiser, s, z), z
-        )
-        middle = between(denoiser, t, s, r, z)
-        told = time_of(denoiser.schedule, sigma_over_alpha(denoiser, middle, z) * a) if "time" in self.heads else None
-        step = self._solver_step if self.options["base"] is None else self._plugin_step
-        end = step(_Answered(denoiser, z, x_hat, middle, told), z, t, middle, s, c, cond, memory or Memory(remaining=2))
-        return choose(finite, end, lambda: ddim_update(denoiser, z, x_hat, t, s))
+        sigma_t, sigma_s = sigma_over_alpha(denoiser, t, z), sigma_over_alpha(denoiser, s, z)
+        r, c, a = self.predict(features[0] if features else None, sigma_t, sigma_s, z)
+        middle, instead = between(denoiser, t, s, r, z), None
+        if "time" in self.heads:
+            instead = time_of(denoiser.schedule, sigma_over_alpha(denoiser, middle, z) * a)
+        known, step = _Answered(denoiser, z, x_hat, middle, instead), _solver_step
+        if self.options["base"] is not None:
+            step = partial(_plugin_step, base, memory or Memory(remaining=2))
+        return choose(finite, step(known, z, t, middle, s, c, cond), lambda: ddim_update(denoiser, z, x_hat, t, s))
 
-    def _solver_step(
-        self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory
-    ) -> Tensor:
-        z_middle = ddim(denoiser, z, t, middle, cond)
-        slope = noise_estimate(denoiser, z_middle, denoiser(z_middle, middle, cond), middle)
-        return euler_update(denoiser, z, slope * cast(c, z.dtype), t, s)
+# %% ../../nbs/02_solvers/06_amed.ipynb #3dbb8d6a
+def _solver_step(denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond) -> Tensor:
+    z_middle = ddim(denoiser, z, t, middle, cond)
+    slope = noise_estimate(denoiser, z_middle, denoiser(z_middle, middle, cond), middle)
+    return euler_update(denoiser, z, slope * cast(c, z.dtype), t, s)
 
-    def _plugin_step(
-        self, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor, cond: Cond, memory: Memory
-    ) -> Tensor:
-        """Two steps of the base solver, which remembers both: its count of steps is twice ours."""
-        base, remaining, steps = ODE_SOLVERS[self.options["base"]], memory.remaining, memory.steps
-        memory.steps, memory.remaining = 2 * steps, 2 * remaining
-        z_middle = base(denoiser, z, t, middle, cond, memory)
-        memory.remaining = 2 * remaining - 1
-        z_end = base(denoiser, z_middle, middle, s, cond, memory)
-        memory.steps, memory.remaining = steps, remaining
-        shrink = coefficients(denoiser.schedule, s, z)[0] / coefficients(denoiser.schedule, middle, z)[0]
-        return combine(c, z_end, (1 - c) * shrink, z_middle)
+
+def _plugin_step(
+    base: Solver, memory: Memory, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor,
+    cond: Cond,
+) -> Tensor:
+    """Two steps of the base solver, which remembers both: its count of steps is twice ours."""
+    remaining, steps = memory.remaining, memory.steps
+    memory.steps, memory.remaining = 2 * steps, 2 * remaining
+    z_middle = base(denoiser, z, t, middle, cond, memory)
+    memory.remaining = 2 * remaining - 1
+    z_end = base(denoiser, z_middle, middle, s, cond, memory)
+    memory.steps, memory.remaining = steps, remaining
+    shrink = coefficients(denoiser.schedule, s, z)[0] / coefficients(denoiser.schedule, middle, z)[0]
+    return combine(c, z_end, (1 - c) * shrink, z_middle)
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #16bd4cd2
 def insert_nodes(grid: Tensor, inserted: int) -> Tensor:
-    """The grid with `inserted` times, equally spaced, between every two (for a variance-exploding schedule and a Karras grid: Karras' finer grid)."""
+    """The grid with `inserted` times, equally spaced, between every two (of a Karras grid on a variance-exploding
+    schedule this makes Karras' finer grid)."""
     grid, parts = check_grid(grid), torch.arange(inserted + 1, dtype=torch.float64) / (inserted + 1)
     return torch.cat([(grid[:-1, None] + parts * grid.diff()[:, None]).flatten(), grid[-1:]])
 
@@ -178,70 +175,70 @@ def _teacher_states(
         fine = list(walk(denoiser, z, insert_nodes(grid, inserted), cond, solver_by_name(base or "heun")))
     return fine[inserted :: inserted + 1]
 
-
+# %% ../../nbs/02_solvers/06_amed.ipynb #fa247173
 _MULTISTEP = ("adams_bashforth", "dpm_solver_pp_2m", "dpm_solver_pp_3m")
+
+
+def _train_batch(
+    amed: AMED, optimiser: torch.optim.Optimizer, denoiser: Denoiser, z: Tensor, cond: Cond, grid: Tensor, inserted: int
+) -> Tensor:
+    """One walk, with an optimiser step at each of its steps. Returns the loss of each."""
+    stops, losses, base = grid.tolist(), [], amed.options["base"]
+    memory = Memory(remaining=len(stops) - 1, steps=len(stops) - 1)
+    for (t, s), target in zip(pairwise(stops), _teacher_states(denoiser, z, grid, inserted, base, cond)):
+        end = amed(denoiser, z, t, s, cond, memory)
+        loss = ((end - target) / coefficients(denoiser.schedule, s, z)[0]).square().sum() / len(z)
+        if loss.requires_grad:  # not where the step has no point inside
+            _descend(amed, optimiser, loss)
+        losses.append(loss.detach())
+        memory.remaining -= 1
+        memory.history = [(_detached(u), estimate.detach()) for u, estimate in memory.history]
+        z = end.detach() if base in _MULTISTEP else target
+    return torch.stack(losses)
+
+
+def _descend(amed: AMED, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One optimiser step; no other parameter gets a gradient."""
+    parameters = list(amed.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        parameter.grad = gradient
+    optimiser.step()
+
+
+def _detached(time: Time) -> Time:
+    return time.detach() if isinstance(time, Tensor) else time
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #900797f7
 def train_amed(
-    denoiser: Denoiser,
-    grid: Tensor,
-    shape: tuple[int, ...],
-    conditions: Callable[[Tensor], Cond] | None = None,
-    base: str | None = None,
-    *,
-    samples: int = 10_000,
-    batch: int = 128,
-    learning_rate: float = 5e-3,
-    inserted: int | None = None,
-    scale_direction: float = 0.01,
-    scale_time: float | None = None,
-    seed: int = 0,
+    denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], conditions: Callable[[Tensor], Cond] | None = None,
+    base: str | None = None, *, samples: int = 10_000, batch: int = 128, learning_rate: float = 5e-3,
+    inserted: int | None = None, scale_direction: float = 0.01, scale_time: float | None = None, seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda batches: batches,
 ) -> AMED:
-    """Train an AMED-Solver, or with `base` a plugin, for sampling on `grid` (Zhou et al. 2024, algorithm 1). `conditions`: (n,) random whole numbers -> n conditions.
+    """An AMED-Solver, or with `base` a plugin, trained for sampling on `grid` (Zhou et al. 2024, algorithm 1).
 
-    The teacher is Heun's method with one node inserted, or `base` with two; `scale_time` is 0, or 0.2 for a plugin, unless given (the paper's settings). What was spent is in `provenance`. Raises ValueError for a loss that is not finite.
-    """
+    `conditions`: (n,) random whole numbers -> n conditions. The teacher is Heun's method with one node inserted, or
+    `base` with two; `scale_time` is 0, or 0.2 for a plugin, unless given (the paper's settings). What was spent is in
+    `provenance`. Raises ValueError for a loss that is not finite."""
     grid, begin, before = check_grid(grid), perf_counter(), innermost(denoiser).evaluations
     inserted = inserted if inserted is not None else (1 if base is None else 2)
     scale_time = scale_time if scale_time is not None else (0.0 if base is None else 0.2)
     draw = lambda k: _start(denoiser, grid, shape, conditions, range(k * batch, (k + 1) * batch), seed)
-    with listening(denoiser) as heard, torch.no_grad():
-        z, cond = draw(0)
-        denoiser(z, grid[1].item(), cond)
+    features = _positions(denoiser, *draw(0), grid[1].item())
     torch.manual_seed(int(generator(seed, "amed").integers(1 << 31)))
-    amed = AMED(heard[0].shape[1] if heard else 0, base, scale_direction, scale_time).to(denoiser.device)
-    optimiser, log = torch.optim.Adam(amed.parameters(), learning_rate), []
-    for k in progress(range(math.ceil(samples / batch))):
-        log.append(_train_batch(amed, optimiser, denoiser, *draw(k), grid, inserted))
-    losses = torch.stack(log).tolist()
-    if not all(math.isfinite(loss) for step in losses for loss in step):
-        raise ValueError(
-            f"the loss of AMED is not finite on the grid {grid.tolist()}: a lower learning rate, or a grid with a smaller noise at its start"
-        )
-    amed.provenance = {
-        "solver": "AMED",
-        **amed.options,
-        "grid": grid.tolist(),
-        "samples": len(losses) * batch,
-        "batch": batch,
-        "learning rate": learning_rate,
-        "inserted": inserted,
-        "seed": seed,
-        "seconds": round(perf_counter() - begin, 2),
-        "evaluations": innermost(denoiser).evaluations - before,
-        "loss at first": losses[0],
-        "loss at last": losses[-1],
-    }
+    amed = AMED(features, base, scale_direction, scale_time).to(denoiser.device)
+    optimiser = torch.optim.Adam(amed.parameters(), learning_rate)
+    train = lambda k: _train_batch(amed, optimiser, denoiser, *draw(k), grid, inserted)
+    losses = torch.stack([train(k) for k in progress(range(math.ceil(samples / batch)))]).tolist()
+    amed.provenance = {"solver": "AMED", **amed.options, "grid": grid.tolist(), "samples": len(losses) * batch,
+                       "batch": batch, "learning rate": learning_rate, "inserted": inserted, "seed": seed,
+                       "seconds": round(perf_counter() - begin, 2),
+                       "evaluations": innermost(denoiser).evaluations - before, **_first_and_last(losses, grid)}
     return amed.requires_grad_(False)
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #7fffe644
 def _start(
-    denoiser: Denoiser,
-    grid: Tensor,
-    shape: tuple[int, ...],
-    conditions: Callable[[Tensor], Cond] | None,
-    ids: range,
+    denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], conditions: Callable[[Tensor], Cond] | None, ids: range,
     seed: int,
 ) -> tuple[Tensor, Cond]:
     """Noise at the start of the grid, and conditions, that belong to the ids."""
@@ -250,25 +247,15 @@ def _start(
     return z, None if conditions is None else map_cond(lambda c: c.to(denoiser.device), conditions(picks))
 
 
-def _train_batch(
-    amed: AMED, optimiser: torch.optim.Optimizer, denoiser: Denoiser, z: Tensor, cond: Cond, grid: Tensor, inserted: int
-) -> Tensor:
-    """One walk, one optimiser step at each of its steps. Returns the loss of each."""
-    stops, losses, parameters = grid.tolist(), [], list(amed.parameters())
-    memory = Memory(remaining=len(stops) - 1, steps=len(stops) - 1)
-    for (t, s), target in zip(
-        pairwise(stops), _teacher_states(denoiser, z, grid, inserted, amed.options["base"], cond)
-    ):
-        reached = amed(denoiser, z, t, s, cond, memory)
-        loss = ((reached - target) / coefficients(denoiser.schedule, s, z)[0]).square().sum() / len(z)
-        if loss.requires_grad:  # not where the step has no point inside
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
-                parameter.grad = gradient
-            optimiser.step()
-        losses.append(loss.detach())
-        memory.remaining -= 1
-        memory.history = [
-            (u.detach() if isinstance(u, Tensor) else u, estimate.detach()) for u, estimate in memory.history
-        ]
-        z = reached.detach() if amed.options["base"] in _MULTISTEP else target
-    return torch.stack(losses)
+def _positions(denoiser: Denoiser, z: Tensor, cond: Cond, t: float) -> int:
+    """The number of positions of the bottleneck."""
+    with listening(denoiser) as features, torch.no_grad():
+        denoiser(z, t, cond)
+    return features[0].shape[1] if features else 0
+
+
+def _first_and_last(losses: list[list[float]], grid: Tensor) -> dict[str, list[float]]:
+    if not all(math.isfinite(loss) for step in losses for loss in step):
+        raise ValueError(f"the loss of AMED is not finite on the grid {grid.tolist()}: "
+                         "a lower learning rate, or a grid with a smaller noise at its start")
+    return {"loss at first": losses[0], "loss at last": losses[-1]}

@@ -24,9 +24,10 @@ _RANGE = (1e-4, 1e4)  # of sigma / alpha, integrated; outside of it the estimate
 
 
 def flow(denoiser: Denoiser, z: Tensor, t: float, s: float, cond: Cond = None, tolerance: float = 1e-8) -> Tensor:
-    """Where the probability-flow ODE carries `z` from time `t` to time `s`, cleaner or noisier, with scipy's DOP853 at relative and absolute `tolerance`.
+    """Where the probability-flow ODE carries `z` from time `t` to time `s`, cleaner or noisier.
 
-    The step sizes are common to the batch. A network that computes in float32 cannot reach tolerances under 1e-5. Raises ValueError if the integration fails, or from t = 0.
+    scipy's DOP853 integrates at relative and absolute `tolerance`, with step sizes common to the batch. A network that
+    computes in float32 cannot reach tolerances under 1e-5. Raises ValueError if the integration fails, and from t = 0.
     """
     if t <= 0:
         raise ValueError(
@@ -34,50 +35,50 @@ def flow(denoiser: Denoiser, z: Tensor, t: float, s: float, cond: Cond = None, t
         )
     if not bool(torch.isfinite(z).all()):
         raise ValueError("the state that the flow starts from is not finite: look at what it was made with")
-    first, last = (min(max(sigma_over_alpha(denoiser, u, z), _RANGE[0]), _RANGE[1]) for u in (t, s))
-    begin, end = (
-        u if sigma_over_alpha(denoiser, u, z) == ratio else time_of(denoiser.schedule, ratio)
-        for u, ratio in ((t, first), (s, last))
-    )
+    (begin, first), (end, last) = _within(denoiser, t, z), _within(denoiser, s, z)
     with torch.inference_mode():
         if begin != t:
             z = ddim(denoiser, z, t, begin, cond)
-        z = _integrate(denoiser, z, first, last, begin, end, cond, tolerance)
+        z = _integrate(denoiser, z, (begin, first), (end, last), cond, tolerance)
         z = ddim(denoiser, z, end, s, cond) if end != s else z
     return z.clone()
 
+
+def _within(denoiser: Denoiser, t: float, z: Tensor) -> tuple[float, float]:
+    """The time next to `t` whose sigma / alpha is in the range, and that ratio."""
+    ratio = sigma_over_alpha(denoiser, t, z)
+    inside = min(max(ratio, _RANGE[0]), _RANGE[1])
+    return (t if inside == ratio else time_of(denoiser.schedule, inside)), inside
+
 # %% ../../nbs/02_solvers/05_exact_flow.ipynb #8525d1ca
 def _integrate(
-    denoiser: Denoiser, z: Tensor, first: float, last: float, begin: float, end: float, cond: Cond, tolerance: float
+    denoiser: Denoiser, z: Tensor, start: tuple[float, float], stop: tuple[float, float], cond: Cond, tolerance: float
 ) -> Tensor:
-    """From sigma / alpha = `first`, at time `begin`, to `last`, at `end`."""
-
-    def states(w: np.ndarray, ratio: float, time: float) -> Tensor:
-        scale = math.sqrt(1 + ratio**2) * coefficients(denoiser.schedule, time, z)[0]
-        return torch.from_numpy(w * scale).view(z.shape).to(z)
+    """From one (time, sigma / alpha) to another."""
+    scale_at = lambda time, ratio: math.sqrt(1 + ratio**2) * coefficients(denoiser.schedule, time, z)[0]
+    states = lambda w, time, ratio: torch.from_numpy(w * scale_at(time, ratio)).view(z.shape).to(z)
 
     def slope(log_ratio: float, w: np.ndarray) -> np.ndarray:
         ratio = math.exp(log_ratio)
         time = time_of(denoiser.schedule, ratio)
-        x_hat = denoiser(states(w, ratio, time), time, cond).double().cpu().numpy().ravel()
+        x_hat = denoiser(states(w, time, ratio), time, cond).double().cpu().numpy().ravel()
         return (w - math.sqrt(1 + ratio**2) * x_hat) / (1 + ratio**2)
 
-    w = z.double().cpu().numpy().ravel() / (math.sqrt(1 + first**2) * coefficients(denoiser.schedule, begin, z)[0])
-    solution = solve_ivp(
-        slope, (math.log(first), math.log(last)), w, "DOP853", rtol=tolerance, atol=tolerance, t_eval=[math.log(last)]
-    )
+    ends = math.log(start[1]), math.log(stop[1])
+    w = z.double().cpu().numpy().ravel() / scale_at(*start)
+    solution = solve_ivp(slope, ends, w, "DOP853", rtol=tolerance, atol=tolerance, t_eval=ends[1:])
     if not solution.success or not np.isfinite(solution.y).all():
-        raise ValueError(
-            f"the adaptive integration from t = {begin:.4g} to {end:.4g} failed ({solution.message}): a larger tolerance, or finite weights"
-        )
-    return states(solution.y[:, -1], last, end)
+        raise ValueError(f"the adaptive integration from t = {start[0]:.4g} to {stop[0]:.4g} failed "
+                         f"({solution.message}): a larger tolerance, or finite weights")
+    return states(solution.y[:, -1], *stop)
 
 # %% ../../nbs/02_solvers/05_exact_flow.ipynb #d7476144
 def invert(denoiser: Denoiser, x: Tensor, grid: Tensor, cond: Cond = None, corrections: int = 0) -> Tensor:
-    """The states at grid[0] from which DDIM steps along the falling `grid` lead to `x` at grid[-1] (Song et al. 2020, section 4.3).
+    """The states at grid[0] from which DDIM steps along the falling `grid` lead to `x` at grid[-1]
+    (Song et al. 2020, section 4.3).
 
     One evaluation a step, and one more for each of the `corrections` (fixed-point iterations of the inverse step).
-    """
+    Raises ValueError for samples that are not finite, a grid that does not fall, and a negative number."""
     stops = check_grid(grid).flip(0).tolist()
     if not bool(torch.isfinite(x).all()):
         raise ValueError("the samples to invert are not finite")
