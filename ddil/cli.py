@@ -8,19 +8,35 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 # %% auto #0
-__all__ = ['COMMANDS', 'parser', 'main', 'command']
+__all__ = ['COMMANDS', 'Command', 'parser', 'main', 'command']
 
 # %% ../nbs/10_lab/17_cli.ipynb #78f30f94
-COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("ddil.distil.command", "estimate memory and time, and check everything, before anything is launched"),
-    "distil": ("ddil.distil.command", "distil a model into a few-step student"),
-    "methods": ("ddil.distil.command", "list the menu: every method with its papers, what it needs and what it costs"),
-    "batch": ("ddil.lab.runner", "run the notebooks of batch files, here or on a cluster"),
-    "report": ("ddil.lab.report", "collate results into tables, curves and pages"),
-    "site": ("ddil.lab.site", "build the documentation from a clone of the repository"),
+@dataclass(frozen=True)
+class Command:
+    """A command: where its functions `STEM_options` and `STEM_command` are, and what it does."""
+
+    module: str
+    stem: str
+    meaning: str
+
+    def function(self, part: str) -> Callable[..., Any]:
+        """One of its two functions: `part` is "options" or "command"."""
+        return getattr(importlib.import_module(self.module), f"{self.stem}_{part}")
+
+
+_DISTIL = ("ddil.distil.command", "distil")
+COMMANDS: dict[str, Command] = {
+    "doctor": Command(*_DISTIL, "estimate memory and time, and check everything, before anything is launched"),
+    "distil": Command(*_DISTIL, "distil a model into a few-step student"),
+    "methods": Command(*_DISTIL, "list the menu: every method with its papers, what it needs and what it costs"),
+    "batch": Command("ddil.lab.runner", "batch", "run the notebooks of batch files, here or on a cluster"),
+    "report": Command("ddil.lab.report", "report", "collate results into tables, curves and pages"),
+    "site": Command("ddil.lab.site", "site", "build the documentation from a clone of the repository"),
 }
 
 
@@ -28,18 +44,21 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The commands, and the options of the `chosen` one."""
     top = argparse.ArgumentParser("ddil", description="Few-step students of diffusion models")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, (module, told) in COMMANDS.items():
-        command = commands.add_parser(name, help=told, description=told)
+    for name, entry in COMMANDS.items():
+        command = commands.add_parser(name, help=entry.meaning, description=entry.meaning)
         if name == chosen:
-            importlib.import_module(module).arguments(command)
+            entry.function("options")(command)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0 if all went well, 1 if the doctor finds a problem or a run is not done, 2 for what cannot be read."""
+    """Run the command line.
+
+    Returns the exit status: 0 if all went well, 1 if the doctor finds a problem or a run is not done, 2 for what cannot be read.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = parser(words[0] if words else None).parse_args(words)
-    return importlib.import_module(COMMANDS[given.command][0]).main(given)
+    return COMMANDS[given.command].function("command")(given)
 
 # %% ../nbs/10_lab/17_cli.ipynb #50a4963d
 def command() -> None:

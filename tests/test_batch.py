@@ -20,9 +20,9 @@ import pytest
 from ddil.lab import runner
 from ddil.lab.batch import Run
 from ddil.lab.executors import Local, Slurm, Task
-from ddil.lab.job import prepare, read_json
+from ddil.lab.job import prepare_run, read_json
 from ddil.lab.precheck import check
-from ddil.lab.runner import Schedule, run_batches
+from ddil.lab.runner import Scheduler, run_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'steps: int = 3\nrate: float = 0.5\nmode: str = "well"\npause: float = 0.0\nreads: str = ""\noutput: str = ""'
@@ -83,8 +83,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ddil_batch(*words: str) -> int:
     """`ddil batch` in this process."""
     parser = argparse.ArgumentParser()
-    runner.arguments(parser)
-    return runner.main(parser.parse_args(words))
+    runner.batch_options(parser)
+    return runner.batch_command(parser.parse_args(words))
 
 
 def states(tasks: Sequence[Task]) -> dict[str, str]:
@@ -162,10 +162,10 @@ def test_a_killed_process_loses_its_step_alone(place: Path) -> None:
     """kill -9 of papermill's process: the run is interrupted, its kernel does not linger, and it goes on where it was."""
     (place / "small.yaml").write_text("notebook: tiny.ipynb\nruns: [{name: slow, parameters: {steps: 30, pause: 0.1}}]\n")
     checked = check(["small.yaml"])
-    schedule, at = Schedule(checked, Local(1)), Path("runs/small/slow/at")
+    schedule, at = Scheduler(checked, Local(1)), Path("runs/small/slow/at")
     schedule.round()
     until(lambda: at.exists() and int(at.read_text()) >= 3)
-    assert re.search(r"slow +running .*well: \d+/30", runner.table(schedule.tasks)) or "slow" in runner.table(schedule.tasks)
+    assert re.search(r"slow +running .*well: \d+/30", runner.status_table(schedule.tasks)) or "slow" in runner.status_table(schedule.tasks)
     [process] = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"][1:] == ["-m", "ddil.lab.job", str(place / "runs/small/slow")]]
     process.send_signal(signal.SIGKILL)
     until(lambda: not schedule.round())
@@ -178,7 +178,7 @@ def test_a_killed_process_loses_its_step_alone(place: Path) -> None:
     assert second[0] in (first[-1], first[-1] + 1) and len(by_process) == 2
 
 
-RUNNER = "import argparse, sys; from ddil.lab import runner; parser = argparse.ArgumentParser(); runner.arguments(parser); sys.exit(runner.main(parser.parse_args(sys.argv[1:])))"
+RUNNER = "import argparse, sys; from ddil.lab import runner; parser = argparse.ArgumentParser(); runner.batch_options(parser); sys.exit(runner.batch_command(parser.parse_args(sys.argv[1:])))"
 
 
 def test_a_killed_runner_is_followed_by_another(place: Path) -> None:
@@ -210,7 +210,7 @@ def test_other_parameters_begin_anew(place: Path) -> None:
     [task] = run_batches(check(["small.yaml"]), Forgetful(), pause=0)
     assert task.state == "done", "it is done, and no executor is asked"
     notebook(place / "tiny.ipynb", PARAMETERS, CHECK, WORK.replace("{}", "[]"))
-    schedule = Schedule(check(["small.yaml"]), Forgetful())
+    schedule = Scheduler(check(["small.yaml"]), Forgetful())
     schedule.round()
     assert schedule.tasks[0].told.startswith("anew: the notebook's code")
 
@@ -239,7 +239,7 @@ class Instant(Forgetful):
 
     def start(self, tasks: Sequence[Task]) -> list[Task]:
         for task in tasks[:8]:
-            prepare(task.run, task.parts)
+            prepare_run(task.run, task.parts)
             (task.folder / "done.json").write_text(json.dumps({**read_json(task.folder / ".run/task.json"), "seconds": 0.1}))
         return list(tasks[:8])
 
@@ -253,7 +253,7 @@ def test_two_hundred_runs(place: Path) -> None:
     checked, seen = check(["many.yaml"]), []
     tasks = run_batches(checked, Instant(), show=lambda tasks: seen.append(Counter(task.state for task in tasks)), pause=0)
     assert Counter(task.state for task in tasks) == {"done": 200} and len(seen) >= 25 and all(counts["running"] <= 8 for counts in seen)
-    assert len(runner.table(tasks, height=20).splitlines()) == 1
+    assert len(runner.status_table(tasks, height=20).splitlines()) == 1
     assert Counter(task.state for task in run_batches(checked, Forgetful(), pause=0)) == {"done": 200}
 
 
@@ -294,7 +294,7 @@ slurm: {partition: long, account: me}
 runs: [{name: first, parameters: {steps: 20, pause: 0.1}}, {name: failing, parameters: {mode: fails}}, {name: big, resources: {nodes: 1, cores: 2}, requires: [first]}]
 """)
     checked = check(["small.yaml"])
-    before = Schedule(checked, Slurm(options={"partition": "short"}, every=0, settle=0.5))
+    before = Scheduler(checked, Slurm(options={"partition": "short"}, every=0, settle=0.5))
     before.round()
     assert [task.state for task in before.tasks] == ["pending", "pending", "queued"]
     tasks = run_batches(checked, Slurm(every=0, settle=0.5), pause=0.1)

@@ -22,7 +22,7 @@ from ..models.pipeline import TextToImage
 from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['arguments', 'plan_of', 'finish', 'main']
+__all__ = ['distil_options', 'plan_of', 'finish', 'distil_command']
 
 # %% ../../nbs/09_distil/07_command.ipynb #4f8cc3ec
 def _groups() -> dict[str, tuple[type[Form], list[str]]]:
@@ -40,7 +40,7 @@ def _groups() -> dict[str, tuple[type[Form], list[str]]]:
     return {title: group for title, group in groups.items() if group[1]}
 
 
-def arguments(command: argparse.ArgumentParser) -> None:
+def distil_options(command: argparse.ArgumentParser) -> None:
     """A file with a plan, a preset, and everything that a plan may say."""
     command.add_argument("file", nargs="?", help="a YAML or JSON file with a plan")
     command.add_argument("--preset", metavar="NAME", help=f"a plan to begin with: {', '.join(PRESETS)}")
@@ -86,7 +86,7 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     return folder
 
 
-def main(given: argparse.Namespace) -> int:
+def distil_command(given: argparse.Namespace) -> int:
     """Run `ddil methods`, `ddil doctor` or `ddil distil`. Returns the exit status: 1 if the doctor finds a problem, 2 for a plan that cannot be read."""
     if given.command == "methods":
         print(menu_text())

@@ -26,7 +26,7 @@ from submitit.helpers import CommandFunction
 
 from .batch import Batch, BatchError, Resources, Run
 from ..files import write_text
-from .job import at_work, last_line, log_end, prepare, read_json
+from .job import at_work, last_line, log_end, prepare_run, read_json
 
 # %% auto #0
 __all__ = ['Task', 'Executor', 'visible_gpus', 'Local', 'Slurm']
@@ -123,7 +123,7 @@ class Local:
             if self._room(task.run):
                 taken = {gpu for other in self.working for gpu in other.gpus}
                 task.gpus = tuple(gpu for gpu in self.gpus if gpu not in taken)[: self.needed(task.run.resources)]
-                prepare(task.run, task.parts, ",".join(task.gpus), self.threads)
+                prepare_run(task.run, task.parts, ",".join(task.gpus), self.threads)
                 self._submit(task)
                 self.working.append(task)
                 begun.append(task)
@@ -185,7 +185,7 @@ class Slurm:
 
     def _send(self, tasks: list[Task]) -> None:
         for task in tasks:
-            prepare(task.run, task.parts, threads=task.run.resources.cores or 1)
+            prepare_run(task.run, task.parts, threads=task.run.resources.cores or 1)
         parameters = self._parameters(tasks[0])
         executor = _in_folder(submitit.SlurmExecutor, tasks[0], job_name=parameters.pop("name"), **parameters)
         try:

@@ -28,8 +28,8 @@ from ..files import file_hash, write_text
 from .precheck import named_paths
 
 # %% auto #0
-__all__ = ['Hashes', 'read_json', 'package_hash', 'parts_of', 'key_of', 'changes', 'at_work', 'standing', 'move_aside', 'prepare',
-           'work', 'log_end', 'last_line', 'progress_of', 'keep']
+__all__ = ['Hashes', 'read_json', 'package_hash', 'parts_of', 'key_of', 'changes', 'at_work', 'standing', 'move_aside',
+           'prepare_run', 'work', 'log_end', 'last_line', 'progress_of', 'keep']
 
 # %% ../../nbs/10_lab/09_job.ipynb #87d4c12b
 class Hashes:
@@ -145,7 +145,7 @@ def move_aside(folder: Path) -> Path:
     return place
 
 # %% ../../nbs/10_lab/09_job.ipynb #a0acb3f7
-def prepare(run: Run, parts: Mapping[str, Any], gpus: str | None = None, threads: int = 1) -> None:
+def prepare_run(run: Run, parts: Mapping[str, Any], gpus: str | None = None, threads: int = 1) -> None:
     """Write the task of a run into its folder. `gpus`: what CUDA_VISIBLE_DEVICES is to be (None: left as it is)."""
     for name in ("done.json", "failed.json", "results.json"):
         (run.folder / name).unlink(missing_ok=True)

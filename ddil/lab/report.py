@@ -25,7 +25,8 @@ from ..measure.plots import Picture
 from .results import read_results
 
 # %% auto #0
-__all__ = ['Run', 'runs_of', 'experiment_page', 'results_pages', 'results_menu', 'write_report', 'arguments', 'main']
+__all__ = ['ShownRun', 'runs_of', 'experiment_page', 'results_pages', 'results_menu', 'write_report', 'report_options',
+           'report_command']
 
 # %% ../../nbs/10_lab/15_report.ipynb #9477122b
 _SAMPLES = ("sample", "strip", "inverted")
@@ -33,7 +34,7 @@ _PICTURES = (".png", ".jpg", ".svg")
 
 
 @dataclass(frozen=True)
-class Run:
+class ShownRun:
     """The folder of one results.json: its name among the others, its experiment and command, its executed notebooks with the addresses of their pages, its pictures."""
 
     name: str
@@ -48,7 +49,7 @@ class Run:
         return [{"address": book.picture(file.read_bytes(), file.suffix), "caption": f"{re.sub('[-_]', ' ', file.stem)} ({self.name})", "command": self.command} for file in pictures]
 
 
-def runs_of(paths: Sequence[Path], prefix: str) -> list[Run]:
+def runs_of(paths: Sequence[Path], prefix: str) -> list[ShownRun]:
     """The runs of results files, whose pages get addresses that begin with `prefix`. Raises ValueError naming a damaged file."""
     made = []
     for path, name in zip(paths, run_names(paths)):
@@ -57,7 +58,7 @@ def runs_of(paths: Sequence[Path], prefix: str) -> list[Run]:
         pictures = [file for file in found if file.suffix in _PICTURES]
         addresses = {file: f"{prefix}notebooks/{slug(name)}{'-' + slug(file.stem) if len(notebooks) > 1 else ''}.html" for file in notebooks}
         samples = [file for file in pictures if file.stem.startswith(_SAMPLES)]
-        made.append(Run(name, results["experiment"], results["command"], addresses, samples, [file for file in pictures if file not in samples]))
+        made.append(ShownRun(name, results["experiment"], results["command"], addresses, samples, [file for file in pictures if file not in samples]))
     return made
 
 # %% ../../nbs/10_lab/15_report.ipynb #8fd521b4
@@ -79,7 +80,7 @@ def _places(own: Sequence[MetricTable]) -> list[str]:
     return [name if names.index(name) == i else f"{name}-{i}" for i, name in enumerate(names)]
 
 
-def experiment_page(book: Book, prefix: str, own: Sequence[MetricTable], runs: Sequence[Run], apart: Sequence[str], again: str) -> str:
+def experiment_page(book: Book, prefix: str, own: Sequence[MetricTable], runs: Sequence[ShownRun], apart: Sequence[str], again: str) -> str:
     """Write the page and the tables of one experiment, and return its address. `apart`: what keeps its tables from being one; `again`: the command that draws it."""
     name = own[0].experiment
     notebooks = [(run.name, path, address) for run in runs for path, address in run.notebooks.items()]
@@ -104,7 +105,7 @@ def _summary(name: str, address: str, rows: pd.DataFrame, runs: int) -> dict[str
             "seeds": f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0]), "version": ", ".join(rows["version"].unique())}
 
 
-def _gallery(book: Book, run: Run, alone: bool) -> list[dict[str, Any]]:
+def _gallery(book: Book, run: ShownRun, alone: bool) -> list[dict[str, Any]]:
     """Write the pages of a run's executed notebooks, and return their cards."""
     cards = []
     for path, address in run.notebooks.items():
@@ -158,7 +159,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "runs/repor
     return Path(output) / "index.html", apart
 
 # %% ../../nbs/10_lab/15_report.ipynb #c92083df
-def arguments(command: argparse.ArgumentParser) -> None:
+def report_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil report`."""
     command.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with a results.json, or with such folders")
     command.add_argument("--output", default="runs/report", help="where the pages go (default: %(default)s)")
@@ -170,7 +171,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 _FORMS: dict[str, Callable[[MetricTable], str]] = {"markdown": markdown, "latex": latex, "csv": lambda table: as_csv([table])}
 
 
-def main(given: argparse.Namespace) -> int:
+def report_command(given: argparse.Namespace) -> int:
     """Run `ddil report`. Returns the exit status: 2 for what cannot be read, or cannot share a table."""
     try:
         if given.metric:

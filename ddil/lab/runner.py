@@ -27,11 +27,11 @@ from .job import Hashes, keep, last_line, move_aside, package_hash, parts_of, pr
 from .precheck import Checked, check
 
 # %% auto #0
-__all__ = ['Schedule', 'duration', 'table', 'Screen', 'alone', 'run_batches', 'estimate', 'rehearse', 'minutes_of', 'arguments',
-           'main']
+__all__ = ['Scheduler', 'duration', 'status_table', 'Screen', 'alone', 'run_batches', 'expected_cost', 'rehearse', 'minutes_of',
+           'batch_options', 'batch_command']
 
 # %% ../../nbs/10_lab/11_runner.ipynb #f164974e
-class Schedule:
+class Scheduler:
     """The tasks of checked batches on an executor. `retry`: whether failed ones are started again."""
 
     def __init__(self, checked: Checked, executor: Executor, retry: bool = False):
@@ -124,7 +124,7 @@ def _line(task: Task, width: int) -> str:
     return f"{task.name[:44]:44} {task.state:11} {told}"[:width]
 
 
-def table(tasks: Sequence[Task], width: int = 160, height: int = 40) -> str:
+def status_table(tasks: Sequence[Task], width: int = 160, height: int = 40) -> str:
     """How far all is. With more tasks than `height` lines only those that run or went wrong are listed."""
     counts = Counter(task.state for task in tasks)
     shown = tasks if len(tasks) < height else [task for task in tasks if task.state in ("running", "failed", "interrupted", "blocked")]
@@ -144,7 +144,7 @@ class Screen:
         """Show where all stands."""
         if self.stream.isatty():
             size = shutil.get_terminal_size()
-            text = table(tasks, size.columns - 1, size.lines - 2)
+            text = status_table(tasks, size.columns - 1, size.lines - 2)
             self.stream.write(f"\x1b[{self.lines}F\x1b[J{text}\n" if self.lines else f"{text}\n")
             self.lines = text.count("\n") + 1
         else:
@@ -175,7 +175,7 @@ def run_batches(checked: Checked, executor: Executor, retry: bool = False, show:
         batch.folder.mkdir(parents=True, exist_ok=True)
     show = show or Screen().show
     with alone(checked.batches):
-        schedule = Schedule(checked, executor, retry)
+        schedule = Scheduler(checked, executor, retry)
         while schedule.round():
             show(schedule.tasks)
             time.sleep(pause)
@@ -201,7 +201,7 @@ def _examined(plans: Sequence[dict]) -> tuple[float | None, float | None]:
     return seconds / 60, max(sizes)
 
 
-def estimate(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, float | None, str]:
+def expected_cost(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, float | None, str]:
     """(minutes, GiB, by whom) of a run; None for what nobody knows."""
     done = read_json(run.folder / "done.json")
     if done.get("parts", {}).get("parameters") == {name: value for name, value in run.parameters.items() if name != "output"}:
@@ -215,10 +215,10 @@ def estimate(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, float 
 
 def rehearse(checked: Checked, executor: Executor) -> str:
     """What would be done, as text."""
-    schedule, lines, total, unknown = Schedule(checked, executor), [], 0.0, 0
+    schedule, lines, total, unknown = Scheduler(checked, executor), [], 0.0, 0
     for task in schedule.tasks:
         will = _intention(task, schedule)
-        minutes, memory, source = estimate(task.run, checked.plans.get(task.folder, ()))
+        minutes, memory, source = expected_cost(task.run, checked.plans.get(task.folder, ()))
         left = not will.startswith("done")
         total, unknown = total + (minutes or 0) * left, unknown + (minutes is None and left)
         lines.append(f"{task.name[:44]:44} {duration(minutes and 60 * minutes):>8} {'unknown' if memory is None else f'{memory:.1f} GiB':>9}  {source:11}  {will}")
@@ -228,7 +228,7 @@ def rehearse(checked: Checked, executor: Executor) -> str:
     return "\n".join([*lines, f"{len(schedule.tasks)} runs; what is left takes {duration(60 * total)} one after another{unknown_too}"])
 
 
-def _intention(task: Task, schedule: Schedule) -> str:
+def _intention(task: Task, schedule: Scheduler) -> str:
     """What would be done about a task; changes nothing."""
     absent = [place for place in task.run.requires if not (place / "done.json").exists()]
     if absent:
@@ -250,7 +250,7 @@ def minutes_of(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be minutes, hours:minutes:seconds or days-hours:minutes:seconds, not {text!r}") from None
 
 
-def arguments(command: argparse.ArgumentParser) -> None:
+def batch_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil batch`."""
     command.add_argument("files", nargs="+", metavar="FILE", help="batch files: see nbs/49_batch.ipynb")
     command.add_argument("--folder", help="of the batch's runs (default: runs/NAME)")
@@ -280,7 +280,7 @@ def _executor(given: argparse.Namespace) -> Local | Slurm:
     return Slurm(given.parallel, {name: getattr(given, name) for name in ("partition", "account", "time") if getattr(given, name) is not None})
 
 
-def main(given: argparse.Namespace) -> int:
+def batch_command(given: argparse.Namespace) -> int:
     """Run `ddil batch`. Returns the exit status: 0 if all is done, 1 if some run is not, 2 if the batch cannot be started, 130 if it was stopped."""
     try:
         checked, executor = _overridden(check(given.files, given.folder), given), _executor(given)
@@ -297,5 +297,5 @@ def main(given: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on" + (" watching: SLURM still has the jobs" if given.executor == "slurm" else ""), file=sys.stderr)
         return 130
-    print(table(tasks, height=len(tasks) + 3) if not sys.stdout.isatty() else "", end="\n")
+    print(status_table(tasks, height=len(tasks) + 3) if not sys.stdout.isatty() else "", end="\n")
     return 0 if all(task.state == "done" for task in tasks) else 1

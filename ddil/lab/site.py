@@ -15,7 +15,7 @@ from .pages import Book, aside, heading_of, write_notebook
 from .report import results_menu, results_pages
 
 # %% auto #0
-__all__ = ['GUIDE', 'RESULTS', 'reading_order', 'address_of', 'menu_of', 'build', 'arguments', 'main']
+__all__ = ['GUIDE', 'RESULTS', 'reading_order', 'address_of', 'menu_of', 'build', 'site_options', 'site_command']
 
 # %% ../../nbs/10_lab/16_site.ipynb #484ed339
 def reading_order(root: Path) -> list[Path]:
@@ -78,13 +78,13 @@ def _write_pages(book: Book, home: Path, notebooks: list[Path]) -> None:
         write_notebook(book, path, order[i][1], order[i - 1], order[i + 1] if i + 1 < len(order) else None, source=source)
 
 # %% ../../nbs/10_lab/16_site.ipynb #61a152b7
-def arguments(command: argparse.ArgumentParser) -> None:
+def site_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil site`."""
     command.add_argument("--root", default=".", help="the clone of the repository (default: here)")
     command.add_argument("--output", default="runs/site", help="where the pages go (default: %(default)s)")
 
 
-def main(given: argparse.Namespace) -> int:
+def site_command(given: argparse.Namespace) -> int:
     """Run `ddil site`. Returns the exit status: 2 for what cannot be built."""
     try:
         index = build(given.root, given.output)
