@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from ddil import files
 from ddil.distil.doctor import _data
-from ddil.datasets import cache
-from ddil.datasets.cache import CachedCaptions, build_cache
+from ddil.datasets import building
+from ddil.datasets.building import build_cache
+from ddil.datasets.cache import cache_content, CachedCaptions
 from ddil.datasets.captions import CaptionedImages, Entry, open_captions
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.pipeline import TextToImage
@@ -297,16 +299,17 @@ class Encoder:
     vae = None
 
     def __init__(self, name: str = "one", side: int = 4, channels: int = 4, two: bool = False):
-        self.name, self.side, self.channels, self.two, self.truncated = name, side, channels, two, 0
+        self.name, self.side, self.channels, self.two = name, side, channels, two
+        self.text = SimpleNamespace(truncated=0)
 
-    def identity(self) -> dict:
-        return {"text": self.name, "vae": self.name}
+    def identity(self, parts: list[str]) -> dict:
+        return {part: self.name for part in parts}
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         return self.channels, self.side, self.side
 
     def encode_prompts(self, prompts: list[str]) -> Tensor | dict[str, Tensor]:
-        self.truncated += sum(len(prompt) > 100 for prompt in prompts)
+        self.text.truncated += sum(len(prompt) > 100 for prompt in prompts)
         found = torch.tensor([[(sum(prompt.encode()) * (j + 1)) % 97 for j in range(6)] for prompt in prompts], dtype=torch.float32)
         return {"embeddings": found.view(-1, 3, 2), "text_embeds": found} if self.two else found.view(-1, 3, 2)
 
@@ -451,13 +454,13 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
 def test_too_small_a_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is counted, not what is already there."""
     usage = lambda free: lambda place: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-    needed = cache.estimate(given(), Encoder(), cache.cache_content(given(), Encoder(), SIZE))
+    needed = building.bytes_of_cache(given(), Encoder(), cache_content(given(), Encoder(), SIZE))
     assert needed == 2 * (40 * 4 * 4 * 4 + len(set(CAPTIONS)) * 6)
-    monkeypatch.setattr(cache.shutil, "disk_usage", usage(needed - 1))
+    monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
     with pytest.raises(OSError, match=f"needs {needed / 1000:.1f} kB"):
         build_cache(tmp_path, given(), Encoder(), SIZE)
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(cache.shutil, "disk_usage", usage(needed))
+    monkeypatch.setattr(shutil, "disk_usage", usage(needed))
     build_cache(tmp_path, given(), Encoder(), SIZE)
 
 
