@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..datasets.cache import build_cache
+from ..datasets.building import build_cache
 from ..datasets.captions import CaptionedImages, Entry, open_captions
 from ..datasets.digits import asset, digit_atoms, digits, digits_classifier
 from ..datasets.scenes import Scenes
