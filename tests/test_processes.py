@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 import tiny
 
 from ddil.solvers.sampler import Sampler
-from ddil.distil.stages import distil, distil_in_processes
+from ddil.distil.stages import carry_out, distil
+from ddil.files import read_tensors
 from ddil.diffusion.noise import Shard, Source
+from ddil.rollins.mixture import Mixture
 from ddil.rollins.teacher import Teacher
 from ddil.diffusion.grids import uniform_grid
 from ddil.training.parallel import make_accelerator
@@ -25,6 +28,7 @@ from ddil.training.checkpoints import latest_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 2e-6  # of weights that training moves by 0.01 and more
 TWO_STAGES = {"stages": (8, 4, 2)}
+LAUNCHED = {"problem": "atoms", **tiny.OPTIONS, "processes": 2, "device": "cpu"}
 Trained = Callable[[str, int], Path]
 
 
@@ -37,7 +41,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         if (arm, processes) not in made:
             place = root / f"{arm}, {processes}"
             if (arm, processes) == ("PD + DDIL, sample", 2):  # the way that users go
-                distil_in_processes("atoms", tiny.OPTIONS, tiny.recipe(**tiny.ARMS[arm]), place, 2, "cpu", tiny.CHECKPOINT_EVERY)
+                carry_out(tiny.plan(**tiny.ARMS[arm], **LAUNCHED, output=str(place)))
             else:
                 tiny.trained(place, tiny.ARMS[arm], processes)
             made[arm, processes] = place
@@ -50,43 +54,58 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """An uninterrupted run of two stages in one or two processes, each made once."""
     root = tmp_path_factory.mktemp("whole")
-    return lambda processes: root / str(processes) if (root / str(processes)).exists() else tiny.trained(root / str(processes), TWO_STAGES, processes)
+
+    def run(processes: int) -> Path:
+        place = root / str(processes)
+        return place if place.exists() else tiny.trained(place, TWO_STAGES, processes)
+
+    return run
 
 
 # Two processes or one
 
 
+EXACT = ("collected asked", "collected used", "collected collected states", "collected reuse used")
+
+
+def is_exact(name: str) -> bool:
+    """Whether a figure of the log is the same to the last bit on two processes."""
+    return name.split()[0] in ("forward", "update", "learning") or name in EXACT
+
+
 @pytest.mark.parametrize("arm", tiny.ARMS)
 def test_two_processes_train_what_one_does(arm: str, run_of: Trained) -> None:
-    """Weights, losses and used shares agree to rounding, which is far less than what was learnt."""
+    """Weights agree to rounding, which is far less than what was learnt."""
     one, two = (tiny.stages(run_of(arm, processes))[0] for processes in (1, 2))
     assert [tiny.described(stage)["provenance"]["cost"]["processes"] for stage in (one, two)] == [1, 2]
-
     untrained = tiny.problem().student.network.state_dict()
     moved = {name: (value - untrained[name]).abs().max().item() for name, value in tiny.weights(one).items()}
     assert min(moved.values()) > 5000 * ROUNDING, f"training did not change {min(moved, key=moved.__getitem__)}"
     assert tiny.largest_difference(tiny.weights(one), tiny.weights(two)) < ROUNDING
 
-    rows = list(zip(tiny.lines(one), tiny.lines(two), strict=True))
-    assert len(rows) == 40
-    for alone, shared in rows:
+
+@pytest.mark.parametrize("arm", tiny.ARMS)
+def test_two_processes_log_what_one_does(arm: str, run_of: Trained) -> None:
+    """Losses agree to rounding, and used shares to the last bit."""
+    one, two = (tiny.lines(tiny.stages(run_of(arm, processes))[0]) for processes in (1, 2))
+    assert len(one) == 40
+    for alone, shared in zip(one, two, strict=True):
         assert alone.keys() == shared.keys()
         for name in ("loss", "squared error of x", "gradient norm"):
             assert math.isclose(alone[name], shared[name], rel_tol=5e-6), (alone["update"], name)
-        for name in alone:
-            if name.split()[0] in ("forward", "update", "learning") or name in ("collected asked", "collected used", "collected collected states", "collected reuse used"):
-                assert alone[name] == shared[name], (alone["update"], name)
+        for name in filter(is_exact, alone):
+            assert alone[name] == shared[name], (alone["update"], name)
     if arm != "PD":
-        assert 0 < rows[-1][0]["collected used"] < 1
+        assert 0 < one[-1]["collected used"] < 1
 
 
 def test_two_processes_share_the_work(run_of: Trained) -> None:
     """Each process keeps half of the replay's lanes, and not the same half."""
     place = latest_checkpoint(tiny.stages(run_of("PD + DDIL, batch", 2))[0])
     alone = latest_checkpoint(tiny.stages(run_of("PD + DDIL, batch", 1))[0])
-    halves = [tiny.read_tensors(place / f"rollin-{rank}.safetensors")["collected.store.z"] for rank in (0, 1)]
-    stored = tiny.read_tensors(alone / "rollin-0.safetensors")["collected.store.z"]
-    assert halves[0].shape[1] == halves[1].shape[1] == 8
+    halves = [read_tensors(place / f"rollin-{rank}.safetensors")["collected.store.z"] for rank in (0, 1)]
+    stored = read_tensors(alone / "rollin-0.safetensors")["collected.store.z"]
+    assert [half.shape[1] for half in halves] == [8, 8]
     for half, rows in zip(halves, (slice(0, 8), slice(8, 16))):
         assert (half - stored[:, rows]).abs().max() < 10 * ROUNDING < 0.1 < stored.abs().max()
 
@@ -94,15 +113,21 @@ def test_two_processes_share_the_work(run_of: Trained) -> None:
 @pytest.mark.parametrize("name", ["collected beta used", "collected age", "teacher evaluations", "student evaluations"])
 def test_the_log_speaks_of_all_processes(name: str, run_of: Trained) -> None:
     """What the log says of shares, ages and evaluations holds for the global batch."""
-    one, two = ([line[name] for line in tiny.lines(tiny.stages(run_of("PD + DDIL, sample", processes))[0]) if name in line] for processes in (1, 2))
-    assert len(one) > 10 and one == pytest.approx(two, rel=1e-6)
+    logs = [tiny.lines(tiny.stages(run_of("PD + DDIL, sample", processes))[0]) for processes in (1, 2)]
+    one, two = ([line[name] for line in log if name in line] for log in logs)
+    assert len(one) > 10
+    assert one == pytest.approx(two, rel=1e-6)
 
 
 def test_the_number_of_processes_does_not_change_the_rollin() -> None:
     """As many trajectories are collected at a time, however many processes share them; or the batch is refused."""
-    made = tiny.problem()
-    recipe, teacher = tiny.recipe(), Teacher(made.teacher, uniform_grid(8))
-    make = lambda batch, world: recipe.ddil.states(made.student, teacher, made.data, made.shape, recipe.updates, batch, Source(shard=Shard(0, world)))
+    made, plan = tiny.problem(), tiny.plan()
+    teacher = Teacher(made.teacher, uniform_grid(8))
+
+    def make(batch: int, world: int) -> Mixture:
+        source = Source(shard=Shard(0, world))
+        return plan.ddil.states(made.student, teacher, made.data, made.shape, plan.updates, batch, source)
+
     collected = [make(16, world).parts["collected"] for world in (1, 2, 4)]
     assert {replay.trajectories for replay in collected} == {4}
     with pytest.raises(ValueError, match="3 roll-outs per collection .* 12 .* 2 processes"):
@@ -113,39 +138,45 @@ def test_the_number_of_processes_does_not_change_the_rollin() -> None:
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
-    """It is refused with the remedy, in the notebook before anything is launched, and in the processes."""
-    with pytest.raises(ValueError, match="a batch of 15 cannot be shared by 2 processes"):
-        distil_in_processes("atoms", tiny.OPTIONS, tiny.recipe(batch=15), tmp_path / "launched", 2, "cpu")
+    """It is refused with the remedy, in the plan before anything is launched, and in the processes."""
+    with pytest.raises(ValueError, match="batch = 15: cannot be shared by 2 processes .*: choose a multiple of 2"):
+        tiny.plan(batch=15, **LAUNCHED, output=str(tmp_path / "launched"))
     assert not (tmp_path / "launched").exists()
     for name, arm in {"pd": (0.0, 0.0), "ddil": (0.25, 0.5)}.items():
         with tiny.started(tmp_path / name, {"batch": 15, "collected": arm}, 2) as run:
             assert run.codes() == [1, 1]
-        assert "15 cannot be shared evenly among 2 processes: choose a multiple of 2" in run.output() or "must divide the batch of 15 and be shared by 2 processes" in run.output()
-        assert not list((tmp_path / name).rglob("log.jsonl")) or not tiny.progress_of(tmp_path / name / "8-to-4")
+        assert "batch = 15: cannot be shared by 2 processes" in run.output()
+        assert "choose a multiple of 2" in run.output()
+        assert not list((tmp_path / name).rglob("log.jsonl"))
 
 
 def test_a_failure_in_the_processes_is_told(tmp_path: Path) -> None:
     """The error that the notebook shows names the cause, not only that some process failed."""
-    with pytest.raises(RuntimeError, match="there are 1797 digits, not 5000"):
-        distil_in_processes("atoms", {**tiny.OPTIONS, "count": 5000}, tiny.recipe(), tmp_path, 2, "cpu")
-    assert not tiny.stages(tmp_path)
+    digits = {"problem": "digits", "teacher": str(tmp_path / "nobody"), "processes": 2, "device": "cpu"}
+    with pytest.raises(RuntimeError, match=f"there is no folder .*{tmp_path / 'nobody'}"):
+        carry_out(tiny.plan(**digits, output=str(tmp_path / "run")))
+    assert not tiny.stages(tmp_path / "run")
 
 
 def test_a_launcher_that_means_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two were launched, accelerate sees one: refused, as each would train on everything and write over the other."""
     make_accelerator("cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="launched as 2 processes but accelerate sees 1: start with `python -m torch.distributed.run`"):
+    message = "launched as 2 processes but accelerate sees 1: start with `python -m torch.distributed.run`"
+    with pytest.raises(RuntimeError, match=message):
         make_accelerator("cpu")
 
 
 def test_a_launcher_that_tells_half() -> None:
     """WORLD_SIZE alone ends at once with the name of what is missing, instead of training alone or waiting for ever."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([sys.executable, "-c", "from ddil.training.parallel import make_accelerator; make_accelerator('cpu'); print('made')"], cwd=ROOT,
-                          env={**env, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and "made" not in done.stdout
-    assert "MASTER_ADDR" in done.stderr.splitlines()[-1] or "torch.distributed.run" in done.stderr.splitlines()[-1], done.stderr
+    ours = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in ours}
+    code = "from ddil.training.parallel import make_accelerator; make_accelerator('cpu'); print('made')"
+    env |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert end.returncode == 1
+    assert "made" not in end.stdout
+    assert re.search("MASTER_ADDR|torch.distributed.run", end.stderr.splitlines()[-1]), end.stderr
 
 
 # Killed and resumed
@@ -165,9 +196,10 @@ def test_killed_at_any_moment(tmp_path: Path, whole: Callable[[int], Path]) -> N
 
 
 def test_killed_while_files_are_written(tmp_path: Path, whole: Callable[[int], Path]) -> None:
-    """Killed in the middle of a checkpoint, of its sealing, of removing an old one, of cutting the log, of saving the student: half of anything does no harm."""
+    """Killed in the middle of a checkpoint, its sealing, its removal, cutting the log, or saving: half does no harm."""
     place = tmp_path / "run"
-    latest = {"write the optimiser of checkpoint 10": None, "seal checkpoint 20": 10, "rename the sealed checkpoint 20": 10, "remove the rest of checkpoint 10": 30,
+    latest = {"write the optimiser of checkpoint 10": None, "seal checkpoint 20": 10,
+              "rename the sealed checkpoint 20": 10, "remove the rest of checkpoint 10": 30,
               "cut the log": 30, "save the student": 40}
     assert latest.keys() == {point for point in tiny.KILL_POINTS if "second process" not in point}
     for point, update in latest.items():
@@ -182,7 +214,7 @@ def test_killed_while_files_are_written(tmp_path: Path, whole: Callable[[int], P
 
 
 def test_two_processes_are_killed(tmp_path: Path, whole: Callable[[int], Path]) -> None:
-    """Both at once, the first alone while it seals a checkpoint, the second alone before its share of one: resumed, they end as if left alone."""
+    """Both at once, or one alone as it writes its share or seals: resumed, they end as if left alone."""
     place = tmp_path / "run"
     for rank, point in ((1, "write the second process' roll-in of checkpoint 20"), (0, "seal checkpoint 20")):
         with tiny.started(place, TWO_STAGES, 2, kill_before=point, rank=rank) as run:
@@ -218,13 +250,14 @@ def test_leftovers_are_ignored(tmp_path: Path, run_of: Trained) -> None:
 
 
 def test_a_checkpoint_of_two_processes_is_not_for_one(tmp_path: Path, run_of: Trained) -> None:
-    """Each process has its own part of the replay, so the number of processes must be the same: refused by name, and nothing is lost."""
+    """Each process has its own part of the replay, so their number must be the same: refused, and nothing is lost."""
     source = tiny.stages(run_of("PD + DDIL, batch", 2))[0]
     stage = tmp_path / "run" / source.name
     shutil.copytree(source, stage, ignore=shutil.ignore_patterns("student"))
     kept = {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="belongs to another run: processes 2 there, 1 here. Use another folder, or delete it"):
-        distil(tiny.problem(), tiny.recipe(**tiny.ARMS["PD + DDIL, batch"]), tmp_path / "run")
+    message = "belongs to another run: processes 2 there, 1 here. Use another folder, or delete it"
+    with pytest.raises(ValueError, match=message):
+        distil(tiny.problem(), tiny.plan(**tiny.ARMS["PD + DDIL, batch"]), tmp_path / "run")
     assert {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()} == kept
 
 
@@ -233,20 +266,21 @@ def test_finished_students_are_for_any_number_of_processes(run_of: Trained) -> N
     folder = run_of("PD + DDIL, batch", 2)
     sealed = tiny.stages(folder)[0] / "student" / "sealed.json"
     before = sealed.stat().st_mtime_ns
-    students = distil(tiny.problem(), tiny.recipe(**tiny.ARMS["PD + DDIL, batch"]), folder)
-    assert sealed.stat().st_mtime_ns == before and isinstance(students[4], Sampler)
+    students = distil(tiny.problem(), tiny.plan(**tiny.ARMS["PD + DDIL, batch"]), folder)
+    assert sealed.stat().st_mtime_ns == before
+    assert isinstance(students[4], Sampler)
     assert students[4].sample(range(3)).isfinite().all()
 
 
-RECIPES: list[dict] = [{"beta": (0.5, 0.5)}, {"collected": (0.5, 0.5)}, {"mixing": "sample"}, {"reuse": 1.0}]
+CHANGES: list[dict] = [{"beta": (0.5, 0.5)}, {"collected": (0.5, 0.5)}, {"mixing": "sample"}, {"reuse": 1.0}]
 
 
-@pytest.mark.parametrize("change", RECIPES, ids=lambda change: next(iter(change)))
-def test_an_interrupted_stage_keeps_its_recipe(change: dict, tmp_path: Path, half_done: Path) -> None:
-    """A stage that was begun by one recipe is not finished by another: its student would claim to be made by the second."""
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_an_interrupted_stage_keeps_its_plan(change: dict, tmp_path: Path, half_done: Path) -> None:
+    """A stage begun by one plan is not finished by another: its student would claim to be made by the second."""
     shutil.copytree(half_done, tmp_path / "run")
     with pytest.raises(ValueError, match=f"belongs to another run: .*{next(iter(change))} .* there, .* here"):
-        distil(tiny.problem(), tiny.recipe(**change), tmp_path / "run", checkpoint_every=tiny.CHECKPOINT_EVERY)
+        distil(tiny.problem(), tiny.plan(**change), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

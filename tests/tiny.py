@@ -22,9 +22,9 @@ from torch import Tensor
 from ddil import files
 from ddil.solvers import sampler as artifact
 from ddil.training import checkpoints, journal
-from ddil.solvers.sampler import Sampler
+from ddil.distil.plan import Plan
 from ddil.distil.problem import atoms_problem, Problem
-from ddil.distil.stages import distil, Recipe
+from ddil.distil.stages import distil
 from ddil.files import read_tensors
 from ddil.training.parallel import make_accelerator
 from ddil.training.journal import read_log
@@ -47,15 +47,16 @@ def problem(**changes: Any) -> Problem:
     return made
 
 
-def recipe(**changes: Any) -> Recipe:
+def plan(**changes: Any) -> Plan:
     """One stage from 8 steps to 4 in 40 updates of 16, with some fields changed. Every update is a line of the log."""
-    return Recipe(**{"stages": (8, 4), "updates": 40, "batch": 16, "seed": 1, **changes})
+    often = {"log_every": 1, "checkpoint_every": CHECKPOINT_EVERY}
+    return Plan(**{"stages": (8, 4), "updates": 40, "batch": 16, "seed": 1, **often, **changes})
 
 
 # Processes
 
 
-def _dying(owner: Any, name: str, when: Callable[..., bool], first: Callable[..., Any] = lambda *arguments: None) -> None:
+def _dying(owner: Any, name: str, when: Callable[..., bool], first: Callable[..., Any] = lambda *_: None) -> None:
     """Let this process be killed at the call of owner.name for which `when` holds, after doing `first`."""
     original = getattr(owner, name)
 
@@ -72,23 +73,34 @@ def _lose_a_file(folder: Path) -> None:
     next(Path(folder).glob("*.safetensors")).unlink()
 
 
+def _writes(update: int, kind: str) -> Callable[..., bool]:
+    """Whether tensors of that kind are being written into the checkpoint of that update."""
+    return lambda path, _: path.parent.name == f"writing-{update:08d}" and path.name.startswith(kind)
+
+
 # Where a process may be killed, by what it is about to do.
 KILL_POINTS: dict[str, Callable[[], None]] = {
-    "write the optimiser of checkpoint 10": lambda: _dying(checkpoints, "write_tensors", lambda path, _: path.parent.name == "writing-00000010" and path.name.startswith("optimizer")),
-    "write the second process' roll-in of checkpoint 20": lambda: _dying(checkpoints, "write_tensors", lambda path, _: path.parent.name == "writing-00000020" and path.name.startswith("rollin-1")),
+    "write the optimiser of checkpoint 10": lambda: _dying(checkpoints, "write_tensors", _writes(10, "optimizer")),
+    "write the second process' roll-in of checkpoint 20": lambda: _dying(
+        checkpoints, "write_tensors", _writes(20, "rollin-1")),
     "seal checkpoint 20": lambda: _dying(checkpoints, "seal", lambda folder, *_: folder.name == "writing-00000020"),
-    "rename the sealed checkpoint 20": lambda: _dying(files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"),
-    "remove the rest of checkpoint 10": lambda: _dying(checkpoints.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
+    "rename the sealed checkpoint 20": lambda: _dying(
+        files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"),
+    "remove the rest of checkpoint 10": lambda: _dying(
+        checkpoints.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
     "cut the log": lambda: _dying(journal, "write_text", lambda path, _: path.name == "log.jsonl"),
     "save the student": lambda: _dying(artifact, "seal", lambda folder, *_: ".student.writing" in folder.name),
 }
 
 
-def _run(folder: Path, changes: dict[str, Any], environment: dict[str, str], kill_before: str | None, pause: float) -> None:
+def _run(folder: Path, changes: dict[str, Any], environment: dict[str, str], kill_before: str | None,
+         pause: float) -> None:
     """What a forked process does: distil, with its output in a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    output = os.open(folder.with_name(f"{folder.name}-output-{environment.get('RANK', 0)}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(output, 1), os.dup2(output, 2)
+    said = folder.with_name(f"{folder.name}-output-{environment.get('RANK', 0)}")
+    output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
     os.environ.update(environment)
     torch.set_num_threads(1)
     if kill_before is not None:
@@ -100,7 +112,7 @@ def _run(folder: Path, changes: dict[str, Any], environment: dict[str, str], kil
             yield step
 
     accelerator = make_accelerator("cpu")
-    distil(problem(), recipe(**changes), folder, accelerator, CHECKPOINT_EVERY, slowly)
+    distil(problem(), plan(**changes), folder, accelerator, slowly)
 
 
 @dataclass
@@ -120,7 +132,9 @@ class Run:
         """Wait until `reached`. Fails if the run ends before."""
         end = time.monotonic() + DEADLINE
         while not reached():
-            assert all(process.is_alive() for process in self.processes) and time.monotonic() < end, f"the run ended before it was to be killed:\n{self.output()}"
+            alive = all(process.is_alive() for process in self.processes)
+            assert alive, f"the run ended before it was to be killed:\n{self.output()}"
+            assert time.monotonic() < end, f"the run hangs:\n{self.output()}"
             time.sleep(0.001)
 
     def codes(self, first_end: bool = False) -> list[int | None]:
@@ -141,7 +155,8 @@ class Run:
 
     def output(self) -> str:
         """What the processes wrote."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.parent.glob(f"{self.folder.name}-output-*")))
+        files_of_all = sorted(self.folder.parent.glob(f"{self.folder.name}-output-*"))
+        return "\n".join(path.read_text() for path in files_of_all)
 
 
 def free_port() -> int:
@@ -151,14 +166,17 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_before: str | None = None, rank: int = 0, pause: float = 0.0) -> Iterator[Run]:
-    """Distil the tiny problem into `folder` in one process, or in several with the environment that torch.distributed.run would give them.
+def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_before: str | None = None,
+            rank: int = 0, pause: float = 0.0) -> Iterator[Run]:
+    """Distil the tiny problem into `folder` in one process, or in several as torch.distributed.run would start them.
 
     kill_before: where process `rank` is killed; pause: seconds before each update.
     """
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    size = str(processes)
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)] if processes > 1 else [{}]
-    run = Run(folder, [PROCESSES.Process(target=_run, args=(folder, changes, place, kill_before if i == rank else None, pause), daemon=True) for i, place in enumerate(places)])
+    calls = [(folder, changes, place, kill_before if i == rank else None, pause) for i, place in enumerate(places)]
+    run = Run(folder, [PROCESSES.Process(target=_run, args=call, daemon=True) for call in calls])
     for process in run.processes:
         process.start()
     try:
@@ -199,14 +217,16 @@ def weights(stage: Path) -> dict[str, Tensor]:
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest absolute difference between two sets of weights."""
-    assert one.keys() == other.keys() and one
+    assert one
+    assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 def described(stage: Path) -> dict[str, Any]:
     """What a stage's student says about itself, without seconds and hashes of files."""
     description = json.loads((stage / "student" / "sealed.json").read_text())
-    del description["files"], description["provenance"]["cost"]["seconds"]
+    del description["files"]
+    del description["provenance"]["cost"]["seconds"]
     return description
 
 
@@ -227,7 +247,3 @@ def edited(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) ->
     change(description)
     path.write_text(json.dumps(description))
     return copy
-
-
-__all__ = ["ARMS", "CHECKPOINT_EVERY", "KILL_POINTS", "OPTIONS", "Run", "Sampler", "assert_same", "described", "edited", "free_port", "largest_difference", "lines", "problem", "progress_of",
-           "recipe", "stages", "started", "trained", "weights"]
