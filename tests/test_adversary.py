@@ -164,7 +164,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "loss": (lambda: adversarial(adversarial="wgan"), "unknown adversarial loss 'wgan'; known are softplus, hinge"),
     "no features": (lambda: adversarial(features=None), "features must be a network to look through, such as DINOv2"),
     "missing weights": (lambda: DINOv2("nowhere/dinov2"), "feature weights are missing: there is no folder nowhere/dinov2"),
-    "negative weight": (lambda: adversarial(gamma=-1.0), "weights of at least 0"),
+    "negative weight": (lambda: adversarial(gamma=-1.0), "a weight of at least 0"),
     "rate": (lambda: adversarial(rate=0.0), "rate positive"),
     "guidance without a null condition": (lambda: adversarial(Guided(Gaussian(), 3.0)), "guided at 3, but Gaussian knows no null condition"),
     "nfsd without a null condition": (lambda: adversarial(Gaussian(), weighting="nfsd"), "give `negative`, or choose 'sds'"),

@@ -23,7 +23,7 @@ SOURCE = """
 from ddil.solvers.sampler import Sampler
 from ddil.diffusion.exact import Gaussian
 from ddil.diffusion.grids import uniform_grid
-from ddil.measure import Explorer
+from ddil.measure.explorer import Explorer
 plane = Gaussian(0.0, 0.5)
 Explorer(Sampler(plane, uniform_grid(8), (2,)), Sampler(plane, uniform_grid(4), (2,)), range(10))
 """.strip()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ddil.diffusion.denoiser import coefficients, from_x
-from ddil.measure.inversion import OPTIMIZERS, Descent, Problem, invert, prompt_conditions, vocabulary
+from ddil.measure.inversion import OPTIMIZERS, Descent, PromptSearch, find_prompt, prompt_conditions, vocabulary
 from ddil.lab.results import read_results
 from ddil.datasets.scenes import SceneReader, write_tokenizer
 from ddil.datasets.scenes import tiny_pipeline
@@ -77,7 +77,7 @@ def test_the_known_words_are_found(tokenizer: CLIPTokenizer, optimizer: str, pre
     """By each optimiser, whatever the network predicts; the best of several starts, and better than no prompt."""
     model, text = exact(tokenizer, prediction), "four pink squares below a blue circle"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    found = invert(model, model.network.picture(prompt_conditions(model, [ids])), tokens=len(ids), optimizer=optimizer, batch=1, restarts=2, **RATES[optimizer])
+    found = find_prompt(model, model.network.picture(prompt_conditions(model, [ids])), tokens=len(ids), optimizer=optimizer, batch=1, restarts=2, **RATES[optimizer])
     assert (found.ids, found.text, found.reads_back) == (ids, text, True)
     assert found.held_out == min(found.restarts) < 1e-8 and found.empty > 0.05
 
@@ -86,11 +86,11 @@ def test_control_tokens_are_never_chosen(tokenizer: CLIPTokenizer) -> None:
     """Not even for a picture of them; nor anything else that is not allowed."""
     model, control = exact(tokenizer), tokenizer.all_special_ids
     picture = model.network.picture(prompt_conditions(model, [[control[0]] * 4]))
-    found = invert(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2)
+    found = find_prompt(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2)
     chosen = {i for ids in found.trace for i in ids}
     assert not chosen & set(control) and len(chosen) > 4
     few = vocabulary(tokenizer, words=True)[::7]
-    assert {i for ids in invert(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2, allowed=few).trace for i in ids} <= set(few.tolist())
+    assert {i for ids in find_prompt(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2, allowed=few).trace for i in ids} <= set(few.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,9 @@ def test_an_update_is_the_gradient_at_the_words(tiny: Path) -> None:
     """Embeddings that are not words move by the gradient that autograd finds, through encoder and U-Net, for the nearest words' own rows."""
     model = TextToImage.load(tiny)
     tokenizer, rate = model.tokenizers[0], 0.5
-    problem = Problem(model, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), (0.5, 0.9))
-    ids, draw = tokenizer("two green triangles", add_special_tokens=False).input_ids, problem.draw(3, "test")
-    descent = Descent(problem, torch.tensor(ids), vocabulary(tokenizer), "gradient", rate, 1)
+    search = PromptSearch(model, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), (0.5, 0.9))
+    ids, draw = tokenizer("two green triangles", add_special_tokens=False).input_ids, search.draw(3, "test")
+    descent = Descent(search, torch.tensor(ids), vocabulary(tokenizer), "gradient", rate, 1)
     with torch.no_grad():
         descent.free += 1e-3 * torch.randn(descent.free.shape, generator=torch.Generator().manual_seed(1))
     before = descent.free.detach().clone()
@@ -128,7 +128,7 @@ def test_the_result_depends_on_the_seed_alone(tiny: Path) -> None:
     before = [value.clone() for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values()]
     for state, seed in ((1, 0), (2, 0), (2, 1)):
         torch.manual_seed(state)
-        runs.append(invert(model, picture, tokens=3, updates=4, optimizer="adam", batch=2, seed=seed))
+        runs.append(find_prompt(model, picture, tokens=3, updates=4, optimizer="adam", batch=2, seed=seed))
     assert runs[0] == runs[1] and runs[0].loss != runs[2].loss
     assert all(torch.equal(one, other) for one, other in zip(before, (value for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values())))
 

@@ -22,7 +22,7 @@ from ddil.diffusion.exact import GaussianMixture
 from ddil.files import read_tensors, write_tensors
 from ddil.methods.base import Denoising, Method
 from ddil.methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
-from ddil.methods.ctm import CTM
+from ddil.methods.ctm import CTM, AdversarialCTM
 from ddil.methods.progressive import Progressive
 from ddil.methods.regression import GuidanceDistillation, Regression
 from ddil.diffusion.small_networks import MLP
@@ -63,7 +63,7 @@ def exact() -> GaussianMixture:
 def judged(teacher: Teacher, student: Denoiser) -> Method:
     """CTM with its adversary."""
     torch.manual_seed(1)
-    return CTM(teacher, 0.9, longest=3, discriminator=Judge(), adversary_from=4)
+    return AdversarialCTM(teacher, 0.9, Judge(), adversary_from=4, longest=3)
 
 
 # name: (further inputs of the student, how far labels look, what is asked, whether states without data will do)

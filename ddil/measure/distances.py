@@ -15,13 +15,16 @@ from torch import Tensor
 from ..diffusion.noise import generator
 
 # %% auto #0
-__all__ = ['KERNELS', 'DENSE', 'SPARE', 'REACH', 'endpoint_error', 'psnr', 'class_accuracy', 'Moments', 'frechet_distance', 'mmd',
-           'wasserstein', 'sliced_wasserstein', 'inception_score', 'density_coverage', 'nearest_distance',
-           'mode_shares', 'mode_kl']
+__all__ = ['KERNELS', 'DENSE', 'SPARE', 'REACH', 'pairwise', 'endpoint_error', 'psnr', 'class_accuracy', 'Moments',
+           'frechet_distance', 'mmd', 'wasserstein', 'sliced_wasserstein', 'inception_score', 'density_coverage',
+           'nearest_distance', 'mode_shares', 'mode_kl']
 
 # %% ../../nbs/05_measure/02_distances.ipynb #09af1a41
 def _matrix(values: Tensor | np.ndarray, name: str, rows: int = 1, double: bool = True) -> Tensor:
-    """`values` as a matrix (n, d) on their own device, in float64 or, without `double`, as they are if they are float32. Raises ValueError for too few rows, a wrong shape or what is not finite."""
+    """`values` as a matrix (n, d) on their own device, in float64 or, without `double`, in float32 if they are.
+
+    Raises ValueError for too few rows, a wrong shape or what is not finite.
+    """
     values = torch.as_tensor(values).detach()
     if values.ndim < 2:
         raise ValueError(f"{name} must be of shape (n, …) with one row per sample, not {tuple(values.shape)}")
@@ -29,8 +32,9 @@ def _matrix(values: Tensor | np.ndarray, name: str, rows: int = 1, double: bool 
         raise ValueError(f"{name} has {len(values)} rows: at least {rows} are needed")
     values = (values.cpu() if values.device.type == "mps" else values).flatten(1)  # Apple's devices have no float64
     values = values.double() if double or values.dtype != torch.float32 else values
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} has values that are not finite (in {int((~torch.isfinite(values)).any(1).sum())} of {len(values)} rows)")
+    wrong = (~torch.isfinite(values)).any(1)
+    if bool(wrong.any()):
+        raise ValueError(f"{name} has values that are not finite (in {int(wrong.sum())} of {len(values)} rows)")
     return values
 
 
@@ -38,45 +42,59 @@ def _same_width(a: Tensor, b: Tensor, names: str) -> None:
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{names} must have the same number of features, not {a.shape[1]} and {b.shape[1]}")
 
+# %% ../../nbs/05_measure/02_distances.ipynb #d6dc885c
+def pairwise(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (n, m) of the rows of a (n, d) and b (m, d), each difference taken element by element."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
 
 def _distances(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances (rows, len(b)) of at most `block` rows of `a` at a time, with the rows that they belong to."""
+    """`pairwise` of at most `block` rows of `a` at a time, with the rows that they belong to."""
     if block < 1:
         raise ValueError(f"block must be at least 1, not {block}")
     for start in range(0, len(a), block):
         rows = slice(start, min(start + block, len(a)))
-        yield rows, torch.cdist(a[rows], b, compute_mode="donot_use_mm_for_euclid_dist")
+        yield rows, pairwise(a[rows], b)
 
 # %% ../../nbs/05_measure/02_distances.ipynb #a9543a3e
 def endpoint_error(samples: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared error (n,), float64, of each sample against the reference that started from the same noise; both of shape (n, …).
+    """Mean squared error (n,), float64, of each sample against the reference from the same noise; both (n, …).
 
     Raises ValueError for unequal shapes, no samples, or values that are not finite.
     """
     if samples.shape != reference.shape:
-        raise ValueError(f"samples and reference must have the same shape, not {tuple(samples.shape)} and {tuple(reference.shape)}")
+        raise ValueError("samples and reference must have the same shape, "
+                         f"not {tuple(samples.shape)} and {tuple(reference.shape)}")
     return (_matrix(samples, "samples") - _matrix(reference, "reference")).square().mean(1)
 
 # %% ../../nbs/05_measure/02_distances.ipynb #7757b95d
 def psnr(samples: Tensor, reference: Tensor, width: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio (n,) in dB, float64, of each sample against the reference from the same noise; infinite where they are equal. `width`: of the range of values."""
+    """Peak signal-to-noise ratio (n,) in dB, float64, of each sample against the reference from the same noise.
+
+    Infinite where they are equal. width: of the range of values. Raises ValueError for a width that is not positive.
+    """
     if not width > 0:
         raise ValueError(f"the range of values must have a positive width, not {width}")
     return 10 * torch.log10(width**2 / endpoint_error(samples, reference))
 
 # %% ../../nbs/05_measure/02_distances.ipynb #c395b48e
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples whose largest of `logits` (n, classes) is at the wanted one of `labels` (n,), whole numbers in [0, classes)."""
+    """Share of samples whose largest of `logits` (n, classes) is at their label, (n,), whole numbers in [0, classes).
+
+    Raises ValueError for other labels.
+    """
     logits = _matrix(logits, "logits")
     if labels.shape != (len(logits),) or labels.is_floating_point():
-        raise ValueError(f"labels must be whole numbers of shape ({len(logits)},), not {labels.dtype} of shape {tuple(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must be in [0, {logits.shape[1]}), not from {int(labels.min())} to {int(labels.max())}")
+        raise ValueError(f"labels must be whole numbers of shape ({len(logits)},), "
+                         f"not {labels.dtype} of shape {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must be in [0, {logits.shape[1]}), not from {low} to {high}")
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
 
 # %% ../../nbs/05_measure/02_distances.ipynb #7203ec18
 class Moments:
-    """Count `n`, mean (d,) and scatter (d, d) of the features that were added, float64; in any order and any batches, to rounding."""
+    """Count `n`, mean (d,) and scatter (d, d) of features, float64; added in any order and batches, to rounding."""
 
     def __init__(self, n: int = 0, mean: Tensor | None = None, scatter: Tensor | None = None):
         self.n, self.mean, self.scatter = n, mean, scatter
@@ -96,7 +114,8 @@ class Moments:
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(self.mean)} and {len(other.mean)} elements cannot be joined")
         n, gap = self.n + other.n, other.mean - self.mean
-        return Moments(n, self.mean + gap * (other.n / n), self.scatter + other.scatter + torch.outer(gap, gap) * (self.n * other.n / n))
+        between = torch.outer(gap, gap) * (self.n * other.n / n)
+        return Moments(n, self.mean + gap * (other.n / n), self.scatter + other.scatter + between)
 
     @property
     def covariance(self) -> Tensor:
@@ -107,15 +126,18 @@ class Moments:
 
 # %% ../../nbs/05_measure/02_distances.ipynb #e8d5de2e
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to features `a` (n, …) and `b` (m, …), or with these Moments (Heusel et al. 2017).
+    """Squared Fréchet distance of the Gaussians fitted to features `a` (n, …) and `b` (m, …), or with these Moments.
 
-    The estimate is biased upwards, the more so the fewer the samples; with n < d the covariance is singular and only comparisons at equal n mean anything.
-    Rounding may leave a value slightly below 0 for equal sets. Raises ValueError for fewer than 2 rows, unequal d, or what is not finite.
+    Heusel et al. 2017. The estimate is biased upwards, the more so the fewer the samples; with n < d the covariance is
+    singular and only comparisons at equal n mean anything. Rounding may leave a value slightly below 0 for equal sets.
+    Raises ValueError for fewer than 2 rows, unequal d, or what is not finite.
     """
-    a, b = (side if isinstance(side, Moments) else Moments.of(side, f"features {name}") for name, side in (("a", a), ("b", b)))
-    for name, side in (("a", a), ("b", b)):
-        if side.n < 2:
-            raise ValueError(f"features {name}: a covariance needs at least 2 rows, not {side.n}")
+    sides = {"a": a, "b": b}
+    for name, side in sides.items():
+        sides[name] = side if isinstance(side, Moments) else Moments.of(side, f"features {name}")
+        if sides[name].n < 2:
+            raise ValueError(f"features {name}: a covariance needs at least 2 rows, not {sides[name].n}")
+    a, b = sides.values()
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features a and b must have the same number of features, not {len(a.mean)} and {len(b.mean)}")
     one, other = a.covariance, b.covariance.to(a.mean.device)
@@ -123,11 +145,15 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     mixed = _significant(torch.linalg.eigvalsh(root.T @ other @ root)).sqrt().sum()
     return ((a.mean - b.mean.to(a.mean.device)).square().sum() + one.trace() + other.trace() - 2 * mixed).item()
 
-
+# %% ../../nbs/05_measure/02_distances.ipynb #daf4e3a2
 def _root(matrix: Tensor) -> Tensor:
-    """A square R with R Rᵀ = `matrix`, positive semi-definite: Cholesky's factor, or where rounding or too few samples left it singular, by eigenvectors (five times dearer)."""
+    """A square R with R Rᵀ = `matrix`, positive semi-definite: Cholesky's factor.
+
+    Where rounding or too few samples left it singular, by eigenvectors (five times dearer).
+    """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not failed and factor.diagonal().min() > len(matrix) * torch.finfo(matrix.dtype).eps ** 0.5 * factor.diagonal().max():
+    diagonal, least = factor.diagonal(), len(matrix) * torch.finfo(matrix.dtype).eps ** 0.5
+    if not failed and diagonal.min() > least * diagonal.max():
         return factor
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * _significant(values).sqrt()
@@ -135,61 +161,86 @@ def _root(matrix: Tensor) -> Tensor:
 
 def _significant(eigenvalues: Tensor) -> Tensor:
     """Those of a positive semi-definite matrix, without what rounding made of its zeros (whose roots would add up)."""
-    return torch.where(eigenvalues > len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1], eigenvalues, 0.0)
+    least = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
+    return torch.where(eigenvalues > least, eigenvalues, 0.0)
 
 # %% ../../nbs/05_measure/02_distances.ipynb #fca5b48d
 KERNELS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # of rows (n, d), (m, d) and a bandwidth: (n, m)
-    "energy": lambda a, b, bandwidth: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
+    "energy": lambda a, b, bandwidth: -pairwise(a, b),
     "gaussian": lambda a, b, bandwidth: torch.exp(-torch.cdist(a, b).square() / (2 * bandwidth**2)),
     "polynomial": lambda a, b, bandwidth: (a @ b.T / a.shape[1] + 1) ** 3,
 }
 
 
 def mmd(a: Tensor, b: Tensor, kernel: str = "energy", bandwidth: float | None = None, block: int = 1024) -> float:
-    """Unbiased squared maximum mean discrepancy of `a` (n, …) and `b` (m, …): `kernel` "energy", "gaussian" (of that `bandwidth`) or "polynomial" (that of KID).
+    """Unbiased squared maximum mean discrepancy of `a` (n, …) and `b` (m, …), by block × block pairs at a time.
 
-    Visits block × block pairs at a time. Raises ValueError for an unknown kernel, a bandwidth where there is none or none where there must be, or fewer than 2 rows.
+    kernel: "energy", "gaussian" (of that `bandwidth`) or "polynomial" (that of KID). Raises ValueError for an unknown
+    kernel, a bandwidth where there is none or none where there must be, or fewer than 2 rows.
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; known are {', '.join(KERNELS)}")
     if (kernel == "gaussian") != (bandwidth is not None) or (bandwidth is not None and not bandwidth > 0):
-        raise ValueError(f"the Gaussian kernel, and no other, needs a positive bandwidth, not {bandwidth} for {kernel!r}")
+        raise ValueError(f"the Gaussian kernel, and no other, needs a positive bandwidth: {bandwidth} for {kernel!r}")
     a, b = _matrix(a, "samples a", rows=2), _matrix(b, "samples b", rows=2)
     _same_width(a, b, "samples a and b")
-    mean = lambda x, y, pairs: sum(KERNELS[kernel](p, q, bandwidth).sum() for p in x.split(block) for q in y.split(block)) / pairs
-    itself = lambda x: KERNELS[kernel](x[:, None], x[:, None], bandwidth).sum() if kernel == "gaussian" else sum(KERNELS[kernel](row[None], row[None], bandwidth).sum() for row in x)
-    within = lambda x: (mean(x, x, 1) - itself(x)) / (len(x) * (len(x) - 1))
-    return (within(a) + within(b) - 2 * mean(a, b.to(a.device), len(a) * len(b))).item()
+    values = lambda x, y: KERNELS[kernel](x, y, bandwidth)
+    total = lambda x, y: sum(values(p, q).sum() for p in x.split(block) for q in y.split(block))
+
+    def within(x: Tensor) -> Tensor:
+        """The mean over pairs of different rows."""
+        by_row = kernel != "gaussian"
+        own = sum(values(row[None], row[None]).sum() for row in x) if by_row else values(x[:, None], x[:, None]).sum()
+        return (total(x, x) - own) / (len(x) * (len(x) - 1))
+
+    return (within(a) + within(b) - 2 * total(a, b.to(a.device)) / (len(a) * len(b))).item()
 
 # %% ../../nbs/05_measure/02_distances.ipynb #c8446242
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """2-Wasserstein distance of two sets of n samples (n, …), exact. Raises ValueError for unequal numbers, or more than 5000 (the assignment is of order n^3)."""
+    """2-Wasserstein distance of two sets of n samples (n, …), exact.
+
+    Raises ValueError for unequal numbers, or more than 5000 (the assignment is of order n^3).
+    """
     from scipy.optimize import linear_sum_assignment
 
     a, b = _matrix(a, "samples a").cpu(), _matrix(b, "samples b").cpu()
     _same_width(a, b, "samples a and b")
     if len(a) != len(b) or len(a) > 5000:
-        raise ValueError(f"an assignment needs as many samples on both sides, 5000 at most, not {len(a)} and {len(b)}: use sliced_wasserstein")
-    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+        raise ValueError("an assignment needs as many samples on both sides, 5000 at most, "
+                         f"not {len(a)} and {len(b)}: use sliced_wasserstein")
+    cost = pairwise(a, b).square().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 256, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance of `a` (n, …) and `b` (m, …) over `directions` drawn by `seed` (the same for all comparisons of one width)."""
+    """Sliced 2-Wasserstein distance of `a` (n, …) and `b` (m, …) over `directions` drawn by `seed`.
+
+    They are the same for all comparisons of one width.
+    """
     a, b = _matrix(a, "samples a"), _matrix(b, "samples b")
     _same_width(a, b, "samples a and b")
     theta = torch.from_numpy(generator(seed, "slices").standard_normal((a.shape[1], directions))).to(a.device)
     theta = theta / theta.norm(dim=0)
     one, other = (a @ theta).sort(0).values, (b.to(a.device) @ theta).sort(0).values
-    # Where either quantile function has a step: between two of these levels both are constant.
-    levels = torch.unique(torch.cat([torch.arange(1, n + 1, dtype=torch.float64) * (len(a) * len(b) // n) for n in (len(a), len(b))])).to(a.device)
-    share = torch.diff(levels, prepend=levels.new_zeros(1)) / (len(a) * len(b))
-    place = lambda n: ((levels * n / (len(a) * len(b))).ceil().long() - 1).clamp(0, n - 1)
-    return (share @ (one[place(len(a))] - other[place(len(b))]).square()).mean().sqrt().item()
+    return _between_quantiles(one, other).mean().sqrt().item()
+
+# %% ../../nbs/05_measure/02_distances.ipynb #c96b1c70
+def _between_quantiles(one: Tensor, other: Tensor) -> Tensor:
+    """(d,): the squared 2-Wasserstein distances of the columns of two sorted sets of samples, (n, d) and (m, d)."""
+    n, m = len(one), len(other)
+    # Where either quantile function has a step, in units of 1 / (n m): between two of these levels both are constant.
+    steps = [torch.arange(1, size + 1, dtype=torch.float64) * (n * m // size) for size in (n, m)]
+    levels = torch.unique(torch.cat(steps)).to(one.device)
+    share = torch.diff(levels, prepend=levels.new_zeros(1)) / (n * m)
+    place = lambda size: ((levels * size / (n * m)).ceil().long() - 1).clamp(0, size - 1)
+    return share @ (one[place(n)] - other[place(m)]).square()
 
 # %% ../../nbs/05_measure/02_distances.ipynb #9cb99913
 def inception_score(logits: Tensor, splits: int = 1) -> float:
-    """Inception score of a classifier's `logits` (n, classes), the mean over `splits` parts. Raises ValueError for fewer samples than parts."""
+    """Inception score of a classifier's `logits` (n, classes), the mean over `splits` parts.
+
+    Raises ValueError for fewer samples than parts.
+    """
     logits = _matrix(logits, "logits")
     if not 1 <= splits <= len(logits):
         raise ValueError(f"{len(logits)} samples cannot be split into {splits} parts")
@@ -206,84 +257,115 @@ SPARE = 8  # nearest neighbours kept beyond the k that are asked for, so that ro
 
 
 def _nearly(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (n, m) by one matrix product in their own precision, and a bound on their error: rounding of inputs, of two norms and of a product of d terms."""
+    """Squared distances (n, m) by one matrix product in their own precision, and a bound on their error.
+
+    The error is the rounding of inputs, of two norms and of a product of d terms.
+    """
     norms = a.square().sum(1), b.square().sum(1)
-    bound = (a.shape[1] + 16) * torch.finfo(a.dtype).eps * (norms[0].max().sqrt() + norms[1].max().sqrt()) ** 2
+    largest = (norms[0].max().sqrt() + norms[1].max().sqrt()) ** 2
+    bound = (a.shape[1] + 16) * torch.finfo(a.dtype).eps * largest
     return torch.addmm(norms[1], a, b.T, alpha=-2).add_(norms[0][:, None]), bound
 
 
 def _exactly(a: Tensor, b: Tensor) -> Tensor:
     """Distances (n,) of the rows of `a` to those of `b`, float64; that of a pair does not depend on the others."""
-    apart = lambda x, y: torch.cdist(x.double()[:, None], y.double()[:, None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0, 0]
-    return torch.cat([apart(x, y) for x, y in zip(a.split(2048), b.split(2048))]) if len(a) else a.new_zeros(0, dtype=torch.float64)
+    if not len(a):
+        return a.new_zeros(0, dtype=torch.float64)
+    apart = lambda x, y: pairwise(x.double()[:, None], y.double()[:, None])[:, 0, 0]
+    return torch.cat([apart(x, y) for x, y in zip(a.split(2048), b.split(2048))])
 
 # %% ../../nbs/05_measure/02_distances.ipynb #337b7637
 class _Tiles:
-    """`points` (n, d) a square of pairs at a time: centred, in float32, so that nothing of the size of the points is copied."""
+    """`points` (n, d) a square of pairs at a time: centred, in float32, so that nothing of their size is copied."""
 
     def __init__(self, points: Tensor, block: int):
-        self.points, self.spans = points, [slice(start, min(start + block, len(points))) for start in range(0, len(points), block)]
+        starts = range(0, len(points), block)
+        self.points, self.spans = points, [slice(start, min(start + block, len(points))) for start in starts]
 
     def near(self, rows: slice, centre: Tensor) -> Tensor:
         return (self.points[rows] - centre).float()
 
 
+class _Nearest:
+    """The `keep` nearest candidates of each of n points: squared distances `best`, which points, and their `error`."""
+
+    def __init__(self, points: Tensor, keep: int):
+        n, device = len(points), points.device
+        self.keep, self.error = keep, points.new_zeros(n, dtype=torch.float32)
+        self.best = points.new_full((n, keep), math.inf, dtype=torch.float32)
+        self.who = torch.zeros((n, keep), dtype=torch.long, device=device)
+
+    def merge(self, rows: slice, square: Tensor, columns: slice, bound: Tensor) -> None:
+        """Consider some more candidates, `columns`, for some points, `rows`."""
+        self.error[rows] = self.error[rows].clamp(min=bound)
+        values, index = square.topk(min(self.keep, square.shape[1]), largest=False, sorted=False)
+        values = torch.cat([self.best[rows], values], 1)
+        index = torch.cat([self.who[rows], index + columns.start], 1)
+        self.best[rows], order = values.topk(self.keep, largest=False, sorted=False)
+        self.who[rows] = index.gather(1, order)
+
+# %% ../../nbs/05_measure/02_distances.ipynb #8286dea6
 def _radii(points: Tensor, k: int, block: int) -> Tensor:
     """Distance (n,), float64, of each row to its k-th nearest neighbour, not counting itself."""
-    n, tiles, centre = len(points), _Tiles(points, block), points[:4096].mean(0)
-    keep = min(k + 1 + SPARE, n)
-    best, who = points.new_full((n, keep), math.inf, dtype=torch.float32), torch.zeros((n, keep), dtype=torch.long, device=points.device)
-    error = points.new_zeros(n, dtype=torch.float32)
-
-    def merge(rows: slice, square: Tensor, columns: slice) -> None:
-        values, index = square.topk(min(keep, square.shape[1]), largest=False, sorted=False)
-        values, index = torch.cat([best[rows], values], 1), torch.cat([who[rows], index + columns.start], 1)
-        best[rows], order = values.topk(keep, largest=False, sorted=False)
-        who[rows] = index.gather(1, order)
-
+    tiles, centre = _Tiles(points, block), points[:4096].mean(0)
+    nearest = _Nearest(points, min(k + 1 + SPARE, len(points)))
     for place, rows in enumerate(tiles.spans):  # a distance is that of both: half of the squares are enough
         here = tiles.near(rows, centre)
         for columns in tiles.spans[place:]:
             square, bound = _nearly(here, here if columns is rows else tiles.near(columns, centre))
-            error[rows], error[columns] = error[rows].clamp(min=bound), error[columns].clamp(min=bound)
-            merge(rows, square, columns)
+            nearest.merge(rows, square, columns, bound)
             if columns is not rows:
-                merge(columns, square.T.contiguous(), rows)
-    return _settled(points, best, who, error, k)
+                nearest.merge(columns, square.T.contiguous(), rows, bound)
+    return _settled(points, nearest, k)
 
-
-def _settled(points: Tensor, best: Tensor, who: Tensor, error: Tensor, k: int) -> Tensor:
-    """The k-th of the distances to the candidates, whose squares `best` are known to `error`; where another point might still be nearer, of those to all."""
-    middle = best.kthvalue(k + 1, dim=1, keepdim=True).values  # the k-th exact square is within one error of this one: only candidates within two can be it
-    near = (best - middle).abs() <= 2 * error[:, None]
+# %% ../../nbs/05_measure/02_distances.ipynb #cc052fb0
+def _settled(points: Tensor, nearest: _Nearest, k: int) -> Tensor:
+    """The k-th of the exact distances to the candidates; where another point might still be nearer, of those to all."""
+    best, who, error = nearest.best, nearest.who, nearest.error
+    middle = best.kthvalue(k + 1, dim=1, keepdim=True).values
+    near = (best - middle).abs() <= 2 * error[:, None]  # the k-th exact square is within one error of the middle
     exact = torch.where(best < middle, -math.inf, math.inf).double()
     i, j = near.nonzero(as_tuple=True)
     for some in torch.arange(len(i), device=i.device).split(1024):
         exact[i[some], j[some]] = _exactly(points[i[some]], points[who[i[some], j[some]]])
     radii = exact.kthvalue(k + 1, dim=1).values
-    doubtful = (best.max(1).values - 2 * error <= middle[:, 0]).nonzero().flatten() if who.shape[1] < len(points) else who.new_zeros(0)
+    if who.shape[1] == len(points):  # every point is a candidate
+        return radii
+    doubtful = (best.max(1).values - 2 * error <= middle[:, 0]).nonzero().flatten()
     for rows in doubtful.split(64):
         if len(rows):
-            distance = torch.cdist(points[rows].double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
-            radii[rows] = distance.kthvalue(k + 1, dim=1).values
+            radii[rows] = pairwise(points[rows].double(), points.double()).kthvalue(k + 1, dim=1).values
     return radii
 
 # %% ../../nbs/05_measure/02_distances.ipynb #541c4b8a
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) -> dict[str, float]:
-    """Precision, recall, density and coverage of features `fake` (m, …) against `real` (n, …), with `k` neighbours for all four (Naeem et al. 2020).
+    """Precision, recall, density and coverage of features `fake` (m, …) against `real` (n, …) (Naeem et al. 2020).
 
-    Strictly inside a ball counts, so all-equal points give 0; exact to float64, in whatever units. `block`: memory is a few block × block float32; it does not change the result.
-    Features of two precisions are compared in the finer one.
-    Raises ValueError unless 1 <= k < min(n, m), for unequal d, or for what is not finite. Agrees with the package prdc.
+    k: neighbours, for all four. Strictly inside a ball counts, so all-equal points give 0; exact to float64, in
+    whatever units. block: memory is a few block × block float32; it does not change the result. Features of two
+    precisions are compared in the finer one. Raises ValueError unless 1 <= k < min(n, m), for unequal d, or for what is
+    not finite. Agrees with the package prdc.
     """
     real, fake = _matrix(real, "real features", 2, double=False), _matrix(fake, "fake features", 2, double=False)
     _same_width(real, fake, "real and fake features")
-    if not 1 <= k < min(len(real), len(fake)) or block < 1:
-        raise ValueError(f"k = {k} neighbours need 1 <= k < {min(len(real), len(fake))}, as there are {len(real)} real and {len(fake)} fake samples, and a block of at least 1, not {block}")
-    real, fake = _in_reach(real.to(torch.promote_types(real.dtype, fake.dtype)), fake.to(real.device, torch.promote_types(real.dtype, fake.dtype)), block)
-    centre = real[:4096].mean(0)
-    radii = _radii(real, k, block), _radii(fake, k, block)
-    balls, covered, recalled = (torch.zeros(n, dtype=torch.long, device=real.device) for n in (len(fake), len(real), len(real)))
+    fewest = min(len(real), len(fake))
+    if not 1 <= k < fewest or block < 1:
+        raise ValueError(f"k = {k} neighbours need 1 <= k < {fewest}, as there are {len(real)} real and {len(fake)} "
+                         f"fake samples, and a block of at least 1, not {block}")
+    kind = torch.promote_types(real.dtype, fake.dtype)
+    real, fake = _in_reach(real.to(kind), fake.to(real.device, kind), block)
+    balls, covered, recalled = _within_balls(real, fake, k, block)
+    share = lambda counts: (counts > 0).double().mean().item()
+    density = balls.sum().item() / (k * len(fake))
+    return {"precision": share(balls), "recall": share(recalled), "density": density, "coverage": share(covered)}
+
+
+def _within_balls(real: Tensor, fake: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In how many balls of the real points each fake one lies (m,), and for each real point whether its ball holds a
+    fake one, and whether it lies in a ball of one, (n,) each. A ball reaches to the k-th neighbour of its centre."""
+    centre, radii = real[:4096].mean(0), (_radii(real, k, block), _radii(fake, k, block))
+    sizes = (len(fake), len(real), len(real))
+    balls, covered, recalled = (torch.zeros(n, dtype=torch.long, device=real.device) for n in sizes)
     reals, fakes = _Tiles(real, block), _Tiles(fake, block)
     for rows in reals.spans:
         here = reals.near(rows, centre)
@@ -294,29 +376,36 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) 
             balls[columns] += of_reals.sum(0)
             covered[rows] |= of_reals.any(1)
             recalled[rows] |= of_fakes.any(1)
-    share = lambda counts: (counts > 0).double().mean().item()
-    return {"precision": share(balls), "recall": share(recalled), "density": balls.sum().item() / (k * len(fake)), "coverage": share(covered)}
+    return balls, covered, recalled
 
-
-REACH = 2.0**30  # centred norms up to this, and down to its inverse, have squares and rounding errors that float32 holds
+# %% ../../nbs/05_measure/02_distances.ipynb #d975a338
+REACH = 2.0**30  # float32 holds squares and rounding errors of centred norms up to this, and down to its inverse
 
 
 def _in_reach(real: Tensor, fake: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Both as they are, if float32 holds the squares of their centred norms; else in float64 and divided by about the largest of them: by a power of 2, so that nothing is rounded."""
+    """Both as they are, if float32 holds the squares of their centred norms; else in float64 and in another unit.
+
+    The unit is about the largest of the norms: a power of 2, so that nothing is rounded.
+    """
     centre = real[:4096].double().mean(0)
-    largest = max((part.double() - centre).abs().max().item() for points in (real, fake) for part in points.split(block)) * real.shape[1] ** 0.5
+    parts = [part for points in (real, fake) for part in points.split(block)]
+    largest = max((part.double() - centre).abs().max().item() for part in parts) * real.shape[1] ** 0.5
     if largest == 0 or 1 / REACH < largest < REACH:
         return real, fake
-    return torch.ldexp(real.double(), unit := torch.tensor(-math.frexp(largest)[1])), torch.ldexp(fake.double(), unit)
+    unit = torch.tensor(-math.frexp(largest)[1])
+    return torch.ldexp(real.double(), unit), torch.ldexp(fake.double(), unit)
 
 
 def _inside(square: Tensor, bound: Tensor, radius: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(n, m) booleans: whether the distance of a[i] and b[j] is below the `radius`, (n, 1) or (1, m); pairs too close to call are looked at again."""
+    """(n, m) booleans: whether the distance of a[i] and b[j] is below the `radius`, (n, 1) or (1, m).
+
+    square: the squared distances, known to `bound`; pairs too close to call are looked at again.
+    """
     excess = square - radius.square().to(square)
     margin = bound + 4 * torch.finfo(square.dtype).eps * radius.max().square().to(square)
     inside = excess < -margin
     i, j = (excess.abs() <= margin).nonzero(as_tuple=True)
-    if len(i) > DENSE * inside.numel() and square.dtype == torch.float32:  # so many that the whole square in float64 is cheaper
+    if len(i) > DENSE * inside.numel() and square.dtype == torch.float32:  # all in float64 is cheaper
         return _inside(*_nearly(a.double(), b.double()), radius, a, b)
     for some in torch.arange(len(i), device=i.device).split(1024):
         inside[i[some], j[some]] = _exactly(a[i[some]], b[j[some]]) < radius.expand(square.shape)[i[some], j[some]]
@@ -339,10 +428,15 @@ def mode_shares(samples: Tensor, modes: Tensor, block: int = 1024) -> Tensor:
 
 
 def mode_kl(shares: Tensor, weights: Tensor | None = None) -> float:
-    """KL divergence, in nats, of `shares` (m,) from the wanted `weights` (m,), uniform by default; infinite where a mode of weight 0 has a share."""
+    """KL divergence, in nats, of `shares` (m,) from `weights` (m,), uniform by default.
+
+    Infinite where a mode of weight 0 has a share. Raises ValueError for what are no shares.
+    """
     shares = torch.as_tensor(shares).double()
     weights = torch.full_like(shares, 1 / len(shares)) if weights is None else torch.as_tensor(weights).to(shares)
     for name, values in (("shares", shares), ("weights", weights)):
-        if values.shape != shares.shape or shares.ndim != 1 or not bool((values >= 0).all()) or abs(values.sum().item() - 1) > 1e-6:
-            raise ValueError(f"{name} must be {len(shares)} numbers, none negative, that add up to 1, not {values.tolist()}")
+        fits = values.shape == shares.shape and shares.ndim == 1 and bool((values >= 0).all())
+        if not fits or abs(values.sum().item() - 1) > 1e-6:
+            raise ValueError(f"{name} must be {len(shares)} numbers, none negative, that add up to 1, "
+                             f"not {values.tolist()}")
     return (torch.special.xlogy(shares, shares) - torch.special.xlogy(shares, weights)).sum().item()

@@ -28,61 +28,79 @@ __all__ = ['mixed_drivers', 'switched_drivers', 'drive', 'error_growth', 'growth
 
 # %% ../../nbs/05_measure/07_driving.ipynb #b428180b
 def mixed_drivers(probability: float, steps: int, ids: Sequence[int], seed: int = 0) -> np.ndarray:
-    """(steps, n) booleans: the teacher makes each transition with this `probability`, drawn for each sample and transition (Garrepalli et al. 2024, table 2)."""
+    """(steps, n) booleans: the teacher makes a transition with this `probability` (Garrepalli et al. 2024, table 2).
+
+    Drawn for each sample and transition. Raises ValueError for what is no probability.
+    """
     if not 0 <= probability <= 1:
         raise ValueError(f"the teacher's share must be a probability, not {probability}")
     return np.stack([generator(seed, "driver", int(i)).random(steps) for i in ids], axis=1) < probability
 
 
 def switched_drivers(first: str, node: int, steps: int, n: int) -> np.ndarray:
-    """(steps, n) booleans: `first` ("teacher" or "student") makes the transitions before node number `node`, the other one those after (tables 3 and 4)."""
+    """(steps, n) booleans: `first` ("teacher" or "student") drives before node number `node`, then the other one.
+
+    Garrepalli et al. 2024, tables 3 and 4. Raises ValueError for another name, or a node that the walk does not have.
+    """
     if first not in ("teacher", "student") or not 0 <= node <= steps:
-        raise ValueError(f"'teacher' or 'student' drives first and hands over at a node in 0 … {steps}, not {first!r} and {node}")
+        raise ValueError(f"'teacher' or 'student' drives first and hands over at a node in 0 … {steps}, "
+                         f"not {first!r} and {node}")
     return np.broadcast_to(((np.arange(steps) < node) == (first == "teacher"))[:, None], (steps, n))
 
 # %% ../../nbs/05_measure/07_driving.ipynb #269b54c1
-def drive(teacher: Sampler, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond = None, *, seed: int = 0, batch_size: int = 256, trajectory: bool = False) -> Tensor:
-    """Samples (n, …) of a walk on the student's times whose transitions are made by `drivers` (steps, n): true for the teacher. With `trajectory` (steps + 1, n, …).
+def drive(
+    teacher: Sampler, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond = None, *, seed: int = 0,
+    batch_size: int = 256, trajectory: bool = False,
+) -> Tensor:
+    """Samples (n, …) of a walk on the student's times whose transitions are made by `drivers` (steps, n).
 
-    Starts from the noise of `ids` under `seed`, and draws the noise of a stochastic student's transitions, like `Sampler.sample`: that is what it equals if nobody but the student drives,
-    and, where its times are among the teacher's, if nobody but the teacher does.
-    Raises ValueError for drivers of another shape, schedules or ends of the grids that differ, a stochastic teacher, or multistep solvers, whose steps depend on who made the last ones.
+    True is for the teacher. With `trajectory` (steps + 1, n, …). Starts from the noise of `ids` under `seed`, and draws
+    the noise of a stochastic student's transitions, like `Sampler.sample`: that is what it equals if nobody but the
+    student drives, and, where its times are among the teacher's, if nobody but the teacher does. Raises ValueError for
+    drivers of another shape, schedules or ends of the grids that differ, a stochastic teacher, or multistep solvers.
     """
     check_solver(teacher, "teacher")
     check_solver(student, "student", stochastic=True)
     if drivers.shape != (student.steps, len(ids)):
-        raise ValueError(f"drivers must be of shape (steps, samples) = ({student.steps}, {len(ids)}), not {drivers.shape}")
-    between, parts = _between(teacher, student), []
+        shape = (student.steps, len(ids))
+        raise ValueError(f"drivers must be of shape (steps, samples) = {shape}, not {drivers.shape}")
+    both, parts = _on_both_grids(teacher, student), []
     with torch.inference_mode():
         for start in range(0, len(ids), batch_size):
             rows = slice(start, start + batch_size)
             part = map_cond(lambda c: c[rows].to(student.denoiser.device), cond)
-            states = list(_driven(between, student, drivers[:, rows], ids[rows], part, seed))
+            states = list(_driven(both, student, drivers[:, rows], ids[rows], part, seed))
             parts.append(torch.stack(states) if trajectory else states[-1])
     return torch.cat(parts, dim=1 if trajectory else 0).clone()
 
-
-def _between(teacher: Sampler, student: Sampler) -> Teacher:
-    """The teacher on its own times and the student's."""
+# %% ../../nbs/05_measure/07_driving.ipynb #09bc3490
+def _on_both_grids(teacher: Sampler, student: Sampler) -> Teacher:
+    """The teacher on its own times and the student's. Raises ValueError for other schedules or ends."""
     ours, theirs = student.grid, teacher.grid
-    if student.denoiser.schedule != teacher.denoiser.schedule or not torch.allclose(ours[[0, -1]], theirs[[0, -1]], atol=1e-9, rtol=0):
-        raise ValueError(f"student and teacher must walk on one schedule between the same times, not from {ours[0]:g} to {ours[-1]:g} and from {theirs[0]:g} to {theirs[-1]:g}")
+    same_ends = torch.allclose(ours[[0, -1]], theirs[[0, -1]], atol=1e-9, rtol=0)
+    if student.denoiser.schedule != teacher.denoiser.schedule or not same_ends:
+        raise ValueError("student and teacher must walk on one schedule between the same times, not from "
+                         f"{ours[0]:g} to {ours[-1]:g} and from {theirs[0]:g} to {theirs[-1]:g}")
     new = [t for t in ours.tolist() if (theirs - t).abs().min() > 1e-9]
-    return Teacher(teacher.denoiser, torch.cat([theirs, theirs.new_tensor(new)]).sort(descending=True).values, 1, teacher.step)
+    times = torch.cat([theirs, theirs.new_tensor(new)]).sort(descending=True).values
+    return Teacher(teacher.denoiser, times, 1, teacher.step)
 
 
-def _driven(teacher: Teacher, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond, seed: int) -> Iterator[Tensor]:
+def _driven(
+    teacher: Teacher, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond, seed: int
+) -> Iterator[Tensor]:
     """The states of one batch, from noise on."""
-    stops, last = student.grid.tolist(), student.steps
-    z = sample_noise(ids, student.shape, seed).to(student.denoiser.device) * student.denoiser.schedule.prior_scale(stops[0])
+    stops, last, denoiser = student.grid.tolist(), student.steps, student.denoiser
     place = [min(range(len(teacher.stops)), key=lambda k: abs(teacher.stops[k] - t)) for t in stops]
+    z = sample_noise(ids, student.shape, seed).to(denoiser.device) * denoiser.schedule.prior_scale(stops[0])
     yield z
     for node in range(last):
+
         def noise(rows: Tensor | slice) -> Callable[[Tensor], Tensor]:
             return lambda like: sample_noise(ids, student.shape, seed, node + 1).to(like.device)[rows].to(like)
 
         def by_student(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:
-            return student.step(student.denoiser, z, stops[node], stops[node + 1], cond, Memory(noise(rows), last - node, last))
+            return student.step(denoiser, z, stops[node], stops[node + 1], cond, Memory(noise(rows), last - node, last))
 
         def by_teacher(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:
             here, there = place[node : node + 2]
@@ -92,46 +110,70 @@ def _driven(teacher: Teacher, student: Sampler, drivers: np.ndarray, ids: Sequen
         yield z
 
 # %% ../../nbs/05_measure/07_driving.ipynb #8e8413c3
-def error_growth(teacher: Sampler, student: Sampler, ids: Sequence[int], cond: Cond = None, *, seed: int = 0, batch_size: int = 256) -> dict[int, Tensor]:
-    """{m: (n,)}: root mean squared distance of each sample to the teacher's, if the student makes the last m transitions; m from 1 to all of them."""
-    reference = drive(teacher, student, switched_drivers("teacher", student.steps, student.steps, len(ids)), ids, cond, seed=seed, batch_size=batch_size)
-    driven = lambda m: drive(teacher, student, switched_drivers("teacher", student.steps - m, student.steps, len(ids)), ids, cond, seed=seed, batch_size=batch_size)
-    return {m: endpoint_error(driven(m), reference).sqrt().cpu() for m in range(1, student.steps + 1)}
+def error_growth(
+    teacher: Sampler, student: Sampler, ids: Sequence[int], cond: Cond = None, *, seed: int = 0, batch_size: int = 256
+) -> dict[int, Tensor]:
+    """{m: (n,)}: root mean squared distance of each sample to the teacher's, if the student makes the last m
+    transitions.
+
+    m goes from 1 to all of them.
+    """
+    steps = student.steps
+
+    def driven(last: int) -> Tensor:
+        drivers = switched_drivers("teacher", steps - last, steps, len(ids))
+        return drive(teacher, student, drivers, ids, cond, seed=seed, batch_size=batch_size)
+
+    reference = driven(0)
+    return {m: endpoint_error(driven(m), reference).sqrt().cpu() for m in range(1, steps + 1)}
 
 
 def growth_exponent(errors: Mapping[int, Tensor], seed: int = 0, draws: int = 200) -> Estimate:
     """Slope of log error against log m, for {m: (n,) errors}, with a bootstrap interval over samples.
 
-    A draw that happens to hold only samples without error at some m takes the smallest error of any sample there instead, since log 0 has no slope.
-    Raises ValueError for fewer than two m, errors that are not finite, or none at some m.
+    A draw that happens to hold only samples without error at some m takes the smallest error of any sample there
+    instead, since log 0 has no slope. Raises ValueError for fewer than two m, errors that are not finite, or none at
+    some m.
     """
     counts = sorted(errors)
     if len(counts) < 2 or any(not 0 < errors[m].square().mean() < math.inf for m in counts):
-        raise ValueError(f"an exponent needs errors at two numbers of steps or more, none of them zero; got {({m: float(errors[m].square().mean()) for m in counts})}")
-    x, least = np.log(counts), [(squares := errors[m].square())[squares > 0].min().item() for m in counts]
-    slope = lambda *rows: float(np.polyfit(x, [0.5 * math.log(part.square().mean().item() or floor) for part, floor in zip(rows, least)], 1)[0])
+        means = {m: float(errors[m].square().mean()) for m in counts}
+        raise ValueError(f"an exponent needs errors at two numbers of steps or more, none of them zero; got {means}")
+    squares = [errors[m].square() for m in counts]
+    x, least = np.log(counts), [part[part > 0].min().item() for part in squares]
+
+    def slope(*rows: Tensor) -> float:
+        means = [part.square().mean().item() or floor for part, floor in zip(rows, least)]
+        return float(np.polyfit(x, [0.5 * math.log(mean) for mean in means], 1)[0])
+
     return bootstrap_interval(slope, *(errors[m] for m in counts), seed=seed, draws=draws)
 
 # %% ../../nbs/05_measure/07_driving.ipynb #6f9b8b63
-def map_preservation(samples: Tensor, reference: Tensor, groups: Tensor | None = None, distance: PerceptualDistance | None = None) -> dict[str, Estimate]:
-    """PSNR, endpoint error and, given `distance`, LPIPS of `samples` (n, …) against the teacher's from the same noise, each the mean over samples with its interval.
+def map_preservation(
+    samples: Tensor, reference: Tensor, groups: Tensor | None = None, distance: PerceptualDistance | None = None
+) -> dict[str, Estimate]:
+    """PSNR, endpoint error and, given `distance`, LPIPS of `samples` (n, …) against the teacher's from the same noise.
 
-    Given `groups` (n,), such as prompts or labels: the mean distance between two samples of one group, root mean square over elements (and by `distance`), of both.
+    Each is the mean over samples with its interval. Given `groups` (n,), such as prompts or labels: also the mean
+    distance between two samples of one group, root mean square over elements (and by `distance`), of both.
     """
     finite = psnr(samples, reference).clamp(max=200.0)  # equal samples have no error at all
     figures = {"PSNR": finite, "endpoint error": endpoint_error(samples, reference)}
     if distance is not None:
         figures[distance.name] = distance(samples, reference)
     for name, part in (("student", samples), ("teacher", reference)):
-        if groups is not None:
-            figures |= {f"{kind} within a group, {name}": values for kind, values in _within(part, groups, distance).items()}
+        within = {} if groups is None else _within(part, groups, distance)
+        figures |= {f"{kind} within a group, {name}": values for kind, values in within.items()}
     return {name: mean_interval(values.double().tolist()) for name, values in figures.items()}
 
 
 def _within(samples: Tensor, groups: Tensor, distance: PerceptualDistance | None) -> dict[str, Tensor]:
-    """For each group of at least two samples the mean distance between two of them."""
+    """For each group of at least two samples the mean distance between two of them. Raises ValueError without such."""
     members = [samples[groups == group] for group in groups.unique() if (groups == group).sum() > 1]
     if not members:
         raise ValueError("no group has two samples: nothing can differ within one")
-    apart = torch.stack([torch.pdist(part.flatten(1).double()).mean() / math.sqrt(part[0].numel()) for part in members])
-    return {"distance": apart, **({} if distance is None else {distance.name: torch.cat([perceptual_diversity(part[None], distance) for part in members])})}
+    mean_distance = lambda part: torch.pdist(part.flatten(1).double()).mean() / math.sqrt(part[0].numel())
+    apart = {"distance": torch.stack([mean_distance(part) for part in members])}
+    if distance is not None:
+        apart[distance.name] = torch.cat([perceptual_diversity(part[None], distance) for part in members])
+    return apart

@@ -8,35 +8,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..solvers.sampler import Sampler
 from ..diffusion.denoiser import Cond
 from .images import PerceptualDistance
 from .intervals import Estimate, mean_interval
-from .plots import Picture, sample_rows
+from .plots import Picture, draw_strip, sample_rows
 from .driving import drive, error_growth, growth_exponent, map_preservation, mixed_drivers, switched_drivers
 from .imitation import covariate_shift
 from .marginals import marginal_distances
 from ..rollins.states import Data
 
 # %% auto #0
-__all__ = ['Quality', 'SHARES', 'MODES', 'ShiftReport', 'shift_report', 'is_labels', 'report_figure', 'as_pictures', 'Explorer']
+__all__ = ['Quality', 'SHARES', 'BACKWARDS', 'MODES', 'ShiftReport', 'shift_report', 'is_labels', 'report_figure', 'as_pictures',
+           'Explorer', 'strip_of', 'plane_of', 'explorer_widget']
 
 # %% ../../nbs/05_measure/09_explorer.ipynb #f0629220
 Quality = Callable[[Tensor, Cond], float]
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the teacher, in mixed inference; the ends are student alone and teacher alone
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the teacher, in mixed inference; the ends are the student or it alone
 
 
 @dataclass
 class ShiftReport:
-    """What `shift_report` measured. imitation: as `covariate_shift`; marginals: as `marginal_distances`; mixed: {metric: value for each of `shares`}; switched: {who is first:
-    {metric: value for each node from 0 to the last}}; growth: as `error_growth`, exponent: its slope; preserved: as `map_preservation`; samples: strips of pictures, if they are such."""
+    """What `shift_report` measured.
+
+    imitation: as `covariate_shift`; marginals: as `marginal_distances`; mixed: {metric: value for each of `shares`};
+    switched: {who is first: {metric: value for each node from 0 to the last}}; growth: as `error_growth`; exponent: its
+    slope; preserved: as `map_preservation`; samples: strips of pictures, if they are such.
+    """
 
     times: list[float]
     imitation: dict[str, Tensor]
@@ -54,48 +60,98 @@ class ShiftReport:
         """The imitation gap: the student's one-step error on its own states, divided by that on its teacher's."""
         return (self.imitation["own"].mean() / self.imitation["teacher"].mean()).item()
 
+# %% ../../nbs/05_measure/09_explorer.ipynb #82cb7fdb
+@dataclass(frozen=True)
+class _Walks:
+    """Walks of teacher and student from the noise of `ids` under `seed`, whoever drives."""
 
-def shift_report(teacher: Sampler, student: Sampler, ids: Sequence[int] = range(500), cond: Cond = None, data: Data | None = None, quality: Mapping[str, Quality] | None = None,
-                 distance: PerceptualDistance | None = None, shares: Sequence[float] = SHARES, seed: int = 0, batch_size: int = 256) -> ShiftReport:
-    """The laboratory's answers for one student and its teacher; draw them with `report_figure`. All walks start from the noise of `ids` under `seed`.
+    teacher: Sampler
+    student: Sampler
+    ids: Sequence[int]
+    cond: Cond
+    seed: int
+    batch_size: int
 
-    `cond`: whatever the networks take; labels, that is integers (n,) of which some are equal, also group the samples for the distance within a group.
-    `data`: for the error on forward states and the distance from noised data. `distance`: for LPIPS. `batch_size`: rows that a network is asked for at once.
-    Raises ValueError for times that are not every k-th of the teacher's, a student that is not sampled with DDIM, or a teacher with a multistep or stochastic solver.
+    def driven(self, drivers: np.ndarray) -> Tensor:
+        """Samples (n, …) of the walks driven so."""
+        asked = {"seed": self.seed, "batch_size": self.batch_size}
+        return drive(self.teacher, self.student, drivers, self.ids, self.cond, **asked)
+
+    def mixed(self, share: float) -> Tensor:
+        """Samples of walks in which the teacher makes a share of the transitions."""
+        return self.driven(mixed_drivers(share, self.student.steps, self.ids, self.seed))
+
+    def switched(self, first: str) -> list[Tensor]:
+        """Samples of walks that `first` begins, for each node at which the other one may take over."""
+        steps = self.student.steps
+        return [self.driven(switched_drivers(first, node, steps, len(self.ids))) for node in range(steps + 1)]
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #d2eacf45
+def shift_report(
+    teacher: Sampler, student: Sampler, ids: Sequence[int] = range(500), cond: Cond = None, data: Data | None = None,
+    quality: Mapping[str, Quality] | None = None, distance: PerceptualDistance | None = None,
+    shares: Sequence[float] = SHARES, seed: int = 0, batch_size: int = 256,
+) -> ShiftReport:
+    """The laboratory's answers for one student and its teacher; draw them with `report_figure`.
+
+    cond: whatever the networks take; labels, that is integers (n,) of which some are equal, also group the samples for
+    the distance within a group. data: for the error on forward states and the distance from noised data. distance: for
+    LPIPS. batch_size: rows that a network is asked for at once. Raises ValueError for times that are not every k-th of
+    the teacher's, a student that is not sampled with DDIM, or a teacher with a multistep or stochastic solver.
     """
-    path = teacher.sample(ids, cond, seed=seed, batch_size=batch_size, trajectory=True)
-    groups = cond if is_labels(cond) else None
-    errors = {"distance to the teacher's sample": lambda samples, cond: (samples - path[-1]).square().mean().sqrt().item(), **(quality or {})}
-    driven = lambda drivers: drive(teacher, student, drivers, ids, cond, seed=seed, batch_size=batch_size)
-    told = lambda walks: {metric: [measure(samples, cond) for samples in walks] for metric, measure in errors.items()}
-    at = lambda first: [driven(switched_drivers(first, node, student.steps, len(ids))) for node in range(student.steps + 1)]
-    walks = {"teacher": at("teacher"), "student": at("student")}
-    growth = error_growth(teacher, student, ids, cond, seed=seed, batch_size=batch_size)
-    samples = walks["student"][-1]
-    strips = {"teacher": path[-1], **{f"teacher until t = {t:.3g}": walks["teacher"][node] for node, t in enumerate(student.grid.tolist()) if 0 < node < student.steps}, "student": samples}
+    asked = {"seed": seed, "batch_size": batch_size}
+    path = teacher.sample(ids, cond, trajectory=True, **asked)
+    walks = _Walks(teacher, student, ids, cond, seed, batch_size)
+    away = lambda samples, cond: (samples - path[-1]).square().mean().sqrt().item()
+    measures = {"distance to the teacher's sample": away, **(quality or {})}
+    measured = lambda some: {name: [measure(samples, cond) for samples in some] for name, measure in measures.items()}
+    switched = {first: walks.switched(first) for first in ("teacher", "student")}
+    growth, own = error_growth(teacher, student, ids, cond, **asked), switched["student"][-1]
+    imitation = covariate_shift(student, teacher, ids, cond, data, teacher_path=path, **asked)
+    marginals = marginal_distances(student, teacher, ids, cond, data, teacher_path=path, **asked)
+    mixed = measured([walks.mixed(share) for share in shares])
+    preserved = map_preservation(own, path[-1], cond.to(own.device) if is_labels(cond) else None, distance)
     return ShiftReport(
-        student.grid.tolist(), covariate_shift(student, teacher, ids, cond, data, seed, path, batch_size), marginal_distances(student, teacher, ids, cond, data, seed=seed, batch_size=batch_size, teacher_path=path),
-        list(shares), told([driven(mixed_drivers(share, student.steps, ids, seed)) for share in shares]), {first: told(part) for first, part in walks.items()}, growth,
-        growth_exponent(growth) if len(growth) > 1 and all(bool(part.any()) for part in growth.values()) else None,
-        map_preservation(samples, path[-1], None if groups is None else groups.to(samples.device), distance), {name: part[:12].cpu() for name, part in strips.items()})
+        student.grid.tolist(), imitation, marginals, list(shares), mixed,
+        {first: measured(some) for first, some in switched.items()}, growth, _slope_of(growth), preserved,
+        _strips_of(student, path[-1], switched["teacher"], own),
+    )
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #7cc34ff3
+def _slope_of(growth: Mapping[int, Tensor]) -> Estimate | None:
+    """The exponent of growing errors; None where there is one number of steps alone, or no error at some."""
+    measurable = len(growth) > 1 and all(bool(part.any()) for part in growth.values())
+    return growth_exponent(growth) if measurable else None
+
+
+def _strips_of(student: Sampler, teachers: Tensor, until: Sequence[Tensor], own: Tensor) -> dict[str, Tensor]:
+    """A dozen samples of the teacher, of walks that it begins and the student ends, and of the student."""
+    times = student.grid.tolist()
+    between = {f"teacher until t = {times[node]:.3g}": until[node] for node in range(1, student.steps)}
+    return {name: part[:12].cpu() for name, part in {"teacher": teachers, **between, "student": own}.items()}
 
 # %% ../../nbs/05_measure/09_explorer.ipynb #2f3543fa
 def is_labels(cond: Cond) -> bool:
-    """Whether a condition groups its samples: integers (n,) of which at least two are equal. Indices of captions that differ, tokens and embeddings do not."""
+    """Whether a condition groups its samples: integers (n,) of which at least two are equal.
+
+    Indices of captions that differ, tokens and embeddings do not.
+    """
     whole = isinstance(cond, Tensor) and not (cond.is_floating_point() or cond.is_complex())
     return whole and cond.ndim == 1 and len(cond.unique()) < len(cond)
 
 # %% ../../nbs/05_measure/09_explorer.ipynb #2d252f09
 def report_figure(report: ShiftReport, title: str = "") -> Picture:
     """One figure of everything in a report."""
-    pictured = {name: images for name, part in report.samples.items() if (images := as_pictures(part)) is not None}
-    above = 0.42 * len(pictured) + 0.3 if pictured else 0
+    strips = {name: as_pictures(part) for name, part in report.samples.items()}
+    strips = {name: images for name, images in strips.items() if images is not None}
+    above = 0.42 * len(strips) + 0.3 if strips else 0
     figure = Picture(figsize=(11.5, 5.6 + above), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[max(above, 0.01), 5.6]) if pictured else (None, figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[max(above, 0.01), 5.6]) if strips else (None, figure)
     if top is not None:
-        _strips(top, pictured)
-    axes = bottom.subplots(2, 3)
-    for ax, draw in zip(axes.flat, (_imitation, _walks, _mixed, _switched, _growth, _preserved)):
+        for ax, (name, images) in zip(top.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items()):
+            draw_strip(ax, name, images)
+    draws = (_imitation, _walks, _mixed, _switched, _growth, _preserved)
+    for ax, draw in zip(bottom.subplots(2, 3).flat, draws):
         draw(ax, report)
         ax.title.set_fontsize(9)
         if ax.get_legend_handles_labels()[1]:
@@ -105,141 +161,189 @@ def report_figure(report: ShiftReport, title: str = "") -> Picture:
 
 
 def as_pictures(samples: Tensor) -> Tensor | None:
-    """(n, 1 or 3, height, width) of `samples` (n, …): images as they are, rows of a square number of elements (at least 16) as squares; else None."""
+    """(n, 1 or 3, height, width) of `samples` (n, …), or None if they are no pictures.
+
+    Images are taken as they are, and rows of a square number of elements (at least 16) as squares.
+    """
     if samples.ndim == 4 and samples.shape[1] in (1, 3):
         return samples
-    side = math.isqrt(samples[0].numel())
-    return samples.reshape(len(samples), 1, side, side) if samples.ndim == 2 and side * side == samples[0].numel() and side >= 4 else None
+    size = samples[0].numel()
+    side = math.isqrt(size)
+    return samples.reshape(-1, 1, side, side) if samples.ndim == 2 and side * side == size and side >= 4 else None
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #e65e93d3
+BACKWARDS = (1.04, -0.04)  # limits of t, as walks go
 
 
-def _strips(place, pictured: Mapping[str, Tensor]) -> None:
-    for ax, (name, images) in zip(place.subplots(len(pictured), 1, squeeze=False)[:, 0], pictured.items()):
-        strip = torch.cat(list(images.float().clamp(-1, 1)), dim=2).permute(1, 2, 0) / 2 + 0.5
-        ax.imshow(1 - strip[..., 0] if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=1)
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        ax.set(xticks=[], yticks=[])
-
-
-def _imitation(ax, report: ShiftReport) -> None:
-    for kind, style, label in (("teacher", "s--", "on its teacher's states"), ("own", "o-", "on its own"), ("forward", "^:", "on noised data")):
+def _imitation(ax: Axes, report: ShiftReport) -> None:
+    kinds = {
+        "teacher": ("s--", "on its teacher's states"),
+        "own": ("o-", "on its own"),
+        "forward": ("^:", "on noised data"),
+    }
+    for kind, (style, label) in kinds.items():
         if kind in report.imitation:
             ax.plot(report.times[:-1], report.imitation[kind], style, ms=4, label=label)
-    ax.set(title=f"error of one step of the student (own ÷ teacher's: {report.gap:.2f})", xlabel="t", yscale="log", xlim=(1.04, -0.04))
+    title = f"error of one step of the student (own ÷ teacher's: {report.gap:.2f})"
+    ax.set(title=title, xlabel="t", yscale="log", xlim=BACKWARDS)
 
 
-def _walks(ax, report: ShiftReport) -> None:
-    ax.plot(report.times[1:], report.imitation["path"], "o-", ms=4, color="black", label="its path from its teacher's (rms)")
-    for kind, style, label in (("teacher", "s-", "from its teacher's crowd, same noise (sliced W.)"), ("other noise", "s:", "from its teacher's crowd, other noise"), ("forward", "^:", "from noised data"),
-                              ("chance", "--", "chance: teacher's crowds of two noises")):
-        if kind in report.marginals and "sliced Wasserstein" in report.marginals[kind]:
+def _walks(ax: Axes, report: ShiftReport) -> None:
+    label = "its path from its teacher's (rms)"
+    ax.plot(report.times[1:], report.imitation["path"], "o-", ms=4, color="black", label=label)
+    crowds = {
+        "teacher": ("s-", "from its teacher's crowd, same noise (sliced W.)"),
+        "other noise": ("s:", "from its teacher's crowd, other noise"),
+        "forward": ("^:", "from noised data"),
+        "chance": ("--", "chance: teacher's crowds of two noises"),
+    }
+    for kind, (style, label) in crowds.items():
+        if "sliced Wasserstein" in report.marginals.get(kind, {}):
             ax.plot(report.times[1:], report.marginals[kind]["sliced Wasserstein"], style, ms=4, lw=1, label=label)
-    ax.set(title="how far the student strays", xlabel="t", xlim=(1.04, -0.04))
+    ax.set(title="how far the student strays", xlabel="t", xlim=BACKWARDS)
     ax.set_ylim(0, 1.8 * ax.get_ylim()[1])  # room for the legend
 
-
+# %% ../../nbs/05_measure/09_explorer.ipynb #1e6b5e6a
 def _first(values: Mapping[str, Sequence[float]]) -> str:
     """The metric to draw: the first that the user asked for, else the distance to the teacher's samples."""
     return list(values)[min(1, len(values) - 1)]
 
 
-def _mixed(ax, report: ShiftReport) -> None:
+def _mixed(ax: Axes, report: ShiftReport) -> None:
     metric = _first(report.mixed)
     ax.plot(report.shares, report.mixed[metric], "o-", ms=4, color="tab:green")
     ax.set(title="the teacher makes a share of the transitions", xlabel="the teacher's share $p_T$", ylabel=metric)
 
 
-def _switched(ax, report: ShiftReport) -> None:
+def _switched(ax: Axes, report: ShiftReport) -> None:
     for first, style in (("teacher", "s-"), ("student", "o-")):
         metric = _first(report.switched[first])
         ax.plot(report.times, report.switched[first][metric], style, ms=4, label=f"{first} until t, then the other")
-    ax.set(title="one hands over to the other", xlabel="t of the hand-over", ylabel=metric, xlim=(1.04, -0.04))
+    ax.set(title="one hands over to the other", xlabel="t of the hand-over", ylabel=metric, xlim=BACKWARDS)
 
-
-def _growth(ax, report: ShiftReport) -> None:
-    counts = list(report.growth)
+# %% ../../nbs/05_measure/09_explorer.ipynb #631de42f
+def _growth(ax: Axes, report: ShiftReport) -> None:
+    counts, slope = list(report.growth), report.exponent
     ax.plot(counts, [part.square().mean().sqrt() for part in report.growth.values()], "o-", ms=4, color="tab:red")
-    slope = "" if report.exponent is None else f" (exponent {report.exponent.mean:.2f} [{report.exponent.low:.2f}, {report.exponent.high:.2f}])"
-    ax.set(title=f"errors add up{slope}", xlabel="last transitions, made by the student", ylabel="from the teacher's sample", xticks=counts)
-    if report.exponent is not None:
+    exponent = "" if slope is None else f" (exponent {slope.mean:.2f} [{slope.low:.2f}, {slope.high:.2f}])"
+    ax.set(title=f"errors add up{exponent}", xlabel="last transitions, made by the student")
+    ax.set(ylabel="from the teacher's sample", xticks=counts)
+    if slope is not None:
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(counts, counts)
         ax.set_xticks([], minor=True)
 
 
-def _preserved(ax, report: ShiftReport) -> None:
-    lines = [f"{name}: {estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]" for name, estimate in report.preserved.items()]
+def _preserved(ax: Axes, report: ShiftReport) -> None:
+    line = lambda name, estimate: f"{name}: {estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+    lines = [line(name, estimate) for name, estimate in report.preserved.items()]
     ax.axis("off")
     ax.set_title("is the map preserved? (mean, 95 % interval)")
     ax.text(0, 0.95, "\n".join(lines), va="top", fontsize=8, transform=ax.transAxes)
 
-# %% ../../nbs/05_measure/09_explorer.ipynb #f298a787
+# %% ../../nbs/05_measure/09_explorer.ipynb #0d5061fd
 MODES = ("mixed: the teacher's share", "teacher first, then student", "student first, then teacher")
 
 
-class Explorer:
-    """An interactive look at walks of teacher and student from the same noise: leave it as the last line of a notebook's cell. Samples must be pictures, or points of two elements.
+def _check_view(mode: str, sample: int, count: int) -> None:
+    """Raise ValueError for a mode or a sample that is not there."""
+    if mode not in MODES or not 0 <= sample < count:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))} and sample in 0 … {count - 1}, "
+                         f"not {mode!r} and {sample}")
 
-    Raises ValueError for other samples.
+
+def _walked(
+    teacher: Sampler, student: Sampler, ids: Sequence[int], cond: Cond, seed: int, mode: str, share: float, node: int
+) -> Tensor:
+    """(steps + 1, n, …): the walks of all samples, driven as the mode says."""
+    if mode == MODES[0]:
+        drivers = mixed_drivers(share, student.steps, ids, seed)
+    else:
+        drivers = switched_drivers(mode.split()[0], node, student.steps, len(ids))
+    return drive(teacher, student, drivers, ids, cond, seed=seed, trajectory=True).cpu()
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #f298a787
+class Explorer:
+    """An interactive look at walks of teacher and student from the same noise: the last line of a notebook's cell.
+
+    Samples must be pictures, or points of two elements: raises ValueError for others.
     """
 
-    def __init__(self, teacher: Sampler, student: Sampler, ids: Sequence[int] = range(16), cond: Cond = None, seed: int = 0):
-        self.teacher, self.student, self.ids, self.cond, self.seed = teacher, student, list(ids), cond, seed
+    def __init__(
+        self, teacher: Sampler, student: Sampler, ids: Sequence[int] = range(16), cond: Cond = None, seed: int = 0
+    ):
         if as_pictures(torch.zeros(1, *student.shape)) is None and tuple(student.shape) != (2,):
-            raise ValueError(f"samples of shape {tuple(student.shape)} cannot be drawn: the explorer shows pictures and points of the plane")
-        self._walk = lru_cache(maxsize=64)(self._walked)
+            raise ValueError(f"samples of shape {tuple(student.shape)} cannot be drawn: "
+                             "the explorer shows pictures and points of the plane")
+        self.student, self.ids = student, list(ids)
+        self._walk = lru_cache(maxsize=64)(partial(_walked, teacher, student, self.ids, cond, seed))
 
-    def _walked(self, mode: str, share: float, node: int) -> Tensor:
-        """(steps + 1, n, …): the walks of all samples."""
-        drivers = mixed_drivers(share, self.student.steps, self.ids, self.seed) if mode == MODES[0] else switched_drivers(mode.split()[0], node, self.student.steps, len(self.ids))
-        return drive(self.teacher, self.student, drivers, self.ids, self.cond, seed=self.seed, trajectory=True).cpu()
+    def picture(
+        self, sample: int = 0, mode: str = MODES[0], share: float = 0.5, node: int = 1, step: int | None = None
+    ) -> Picture:
+        """The walk of one sample up to `step`, under the teacher's and above the student's.
 
-    def picture(self, sample: int = 0, mode: str = MODES[0], share: float = 0.5, node: int = 1, step: int | None = None) -> Picture:
-        """The walk of one sample up to `step`, under the teacher's and above the student's; or, of points, the walks of all with this one marked. Raises ValueError for a mode that is not there."""
-        if mode not in MODES or not 0 <= sample < len(self.ids):
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))} and sample in 0 … {len(self.ids) - 1}, not {mode!r} and {sample}")
-        shown = slice(0, (self.student.steps if step is None else step) + 1)
-        walks = {"teacher": self._walk(MODES[0], 1.0, 0)[shown], "both": self._walk(mode, share, node)[shown], "student": self._walk(MODES[0], 0.0, 0)[shown]}
-        title = f"sample {self.ids[sample]}; " + (f"the teacher's share {share:g}" if mode == MODES[0] else f"{mode}, at t = {self.student.grid[node]:.3g}")
-        return self._plane(walks, sample, title) if tuple(self.student.shape) == (2,) else self._strip(walks, sample, title)
-
-    def _strip(self, walks: Mapping[str, Tensor], sample: int, title: str) -> Picture:
-        missing = self.student.steps + 1 - len(walks["both"])
-        framed = lambda part: torch.nn.functional.pad(as_pictures(part[:, sample]), (0, 1), value=-1.0)  # a gap between the states
-        filled = lambda part: torch.cat([framed(part), -torch.ones(missing, *framed(part).shape[1:])])
-        return sample_rows({name: filled(part) for name, part in walks.items()}, title, scale=0.9)
-
-    def _plane(self, walks: Mapping[str, Tensor], sample: int, title: str) -> Picture:
-        figure = Picture(figsize=(9, 3.2), layout="constrained")
-        for ax, (name, part) in zip(figure.subplots(1, 3, sharex=True, sharey=True), walks.items()):
-            ax.plot(part[..., 0], part[..., 1], "-", color="0.8", lw=0.7)
-            ax.plot(*part[-1].T, "o", color="0.6", ms=3)
-            ax.plot(*part[:, sample].T, "o-", color="tab:red", ms=4)
-            ax.set_title(name, fontsize=9)
-        figure.suptitle(title, fontsize=10)
-        return figure
-
-    def widget(self) -> Any:
-        """The ipywidgets view: sliders and the picture that follows them."""
-        import ipywidgets as widgets
-
-        steps, slow = self.student.steps, {"continuous_update": False}
-        controls = {"sample": widgets.IntSlider(0, 0, len(self.ids) - 1, description="sample", **slow), "mode": widgets.Dropdown(options=MODES, description="who drives"),
-                    "share": widgets.FloatSlider(0.5, min=0, max=1, step=0.1, description="share p_T", **slow), "node": widgets.IntSlider(1, 0, steps, description="switch at", **slow),
-                    "step": widgets.IntSlider(steps, 0, steps, description="show until", **slow)}
-        image = widgets.Image(format="png")
-
-        def redraw(_: Any = None) -> None:
-            image.value = self.picture(**{name: control.value for name, control in controls.items()})._repr_png_()
-
-        for control in controls.values():
-            control.observe(redraw, "value")
-        redraw()
-        return widgets.VBox([*controls.values(), image])
+        Of points, the walks of all with this one marked. Raises ValueError for a mode or a sample that is not there.
+        """
+        _check_view(mode, sample, len(self.ids))
+        until = (self.student.steps if step is None else step) + 1
+        drivers = {"teacher": (MODES[0], 1.0, 0), "both": (mode, share, node), "student": (MODES[0], 0.0, 0)}
+        walks = {name: self._walk(*who)[:until] for name, who in drivers.items()}
+        how = f"the teacher's share {share:g}" if mode == MODES[0] else f"{mode}, at t = {self.student.grid[node]:.3g}"
+        draw = plane_of if tuple(self.student.shape) == (2,) else strip_of
+        return draw(walks, sample, self.student.steps + 1, f"sample {self.ids[sample]}; {how}")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """The widget, and for pages where none runs a picture."""
         still = {"text/plain": repr(self), "image/png": self.picture()._repr_png_()}
         try:
-            return {**self.widget()._repr_mimebundle_(), **still}
+            return {**explorer_widget(self)._repr_mimebundle_(), **still}
         except ImportError:
             return still
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #467b0344
+def strip_of(walks: Mapping[str, Tensor], sample: int, places: int, title: str) -> Picture:
+    """The states of one sample on walks (steps + 1, n, …), a row each, with gaps between, and room for `places`."""
+
+    def filled(states: Tensor) -> Tensor:
+        framed = torch.nn.functional.pad(as_pictures(states), (0, 1), value=-1.0)
+        return torch.cat([framed, -torch.ones(places - len(framed), *framed.shape[1:])])
+
+    return sample_rows({name: filled(part[:, sample]) for name, part in walks.items()}, title, scale=0.9)
+
+
+def plane_of(walks: Mapping[str, Tensor], sample: int, places: int, title: str) -> Picture:
+    """Walks (steps + 1, n, 2) of points, a panel each, with one sample's marked; `places` is not needed."""
+    figure = Picture(figsize=(9, 3.2), layout="constrained")
+    for ax, (name, part) in zip(figure.subplots(1, 3, sharex=True, sharey=True), walks.items()):
+        ax.plot(part[..., 0], part[..., 1], "-", color="0.8", lw=0.7)
+        ax.plot(*part[-1].T, "o", color="0.6", ms=3)
+        ax.plot(*part[:, sample].T, "o-", color="tab:red", ms=4)
+        ax.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+# %% ../../nbs/05_measure/09_explorer.ipynb #2caaefc5
+def explorer_widget(explorer: Explorer) -> Any:
+    """The ipywidgets view of an explorer: sliders and the picture that follows them."""
+    import ipywidgets as widgets
+
+    steps, count = explorer.student.steps, len(explorer.ids)
+    slider = lambda value, high, text: widgets.IntSlider(value, 0, high, description=text, continuous_update=False)
+    share = {"min": 0, "max": 1, "step": 0.1, "continuous_update": False}
+    controls = {
+        "sample": slider(0, count - 1, "sample"),
+        "mode": widgets.Dropdown(options=MODES, description="who drives"),
+        "share": widgets.FloatSlider(0.5, description="share p_T", **share),
+        "node": slider(1, steps, "switch at"),
+        "step": slider(steps, steps, "show until"),
+    }
+    image = widgets.Image(format="png")
+
+    def redraw(_: Any = None) -> None:
+        image.value = explorer.picture(**{name: control.value for name, control in controls.items()})._repr_png_()
+
+    for control in controls.values():
+        control.observe(redraw, "value")
+    redraw()
+    return widgets.VBox([*controls.values(), image])

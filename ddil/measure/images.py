@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +25,7 @@ from .distances import Moments
 # %% auto #0
 __all__ = ['Images', 'SUFFIXES', 'INCEPTION', 'BACKBONES', 'CLIP_CONVENTIONS', 'FolderImages', 'to_bytes', 'Extractor',
            'weights_hash', 'NetworkFeatures', 'present', 'InceptionFeatures', 'features_of', 'moments_of',
-           'PerceptualDistance', 'perceptual_diversity', 'Clip']
+           'PerceptualDistance', 'perceptual_diversity', 'Clip', 'clip_score']
 
 # %% ../../nbs/05_measure/03_images.ipynb #4317812b
 Images = Callable[[Sequence[int]], Tensor]  # ids -> (n, channels, height, width) in [-1, 1]
@@ -31,7 +33,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class FolderImages:
-    """The pictures in a folder and its subfolders, in the order of their paths, as (n, 3, height, width) in [-1, 1]. Raises FileNotFoundError if there are none."""
+    """The pictures in a folder and its subfolders, in the order of their paths, as (n, 3, height, width) in [-1, 1].
+
+    Raises FileNotFoundError if there are none. A call raises ValueError for pictures of several sizes.
+    """
 
     def __init__(self, folder: str | Path):
         self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -44,12 +49,16 @@ class FolderImages:
     def __call__(self, ids: Sequence[int]) -> Tensor:
         pictures = [np.asarray(Image.open(self.paths[i]).convert("RGB")) for i in ids]
         if len({picture.shape for picture in pictures}) != 1:
-            raise ValueError(f"pictures of several sizes, such as {', '.join(sorted({str(p.shape[:2]) for p in pictures}))}, cannot share a batch: use batch_size=1")
+            sizes = ", ".join(sorted({str(picture.shape[:2]) for picture in pictures}))
+            raise ValueError(f"pictures of several sizes, such as {sizes}, cannot share a batch: use batch_size=1")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-
+# %% ../../nbs/05_measure/03_images.ipynb #6dc72d51
 def to_bytes(images: Tensor) -> np.ndarray:
-    """(n, height, width, 3) bytes of images (n, 1 or 3, height, width) in [-1, 1], rounded as diffusers' pipelines do."""
+    """(n, height, width, 3) bytes of images (n, 1 or 3, height, width) in [-1, 1], rounded as diffusers' pipelines do.
+
+    Raises ValueError for another shape.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be of shape (n, 1 or 3, height, width), not {tuple(images.shape)}")
     rgb = images.detach().float().cpu().expand(-1, 3, -1, -1)
@@ -57,7 +66,10 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 # %% ../../nbs/05_measure/03_images.ipynb #ee18bb14
 class Extractor(Protocol):
-    """What turns pictures (n, channels, height, width) in [-1, 1] into features (n, d). `weights`: a hash of them; `resize`: how it brings pictures to its size."""
+    """What turns pictures (n, channels, height, width) in [-1, 1] into features (n, d).
+
+    weights: a hash of them; resize: how it brings pictures to its size.
+    """
 
     name: str
     weights: str
@@ -74,11 +86,12 @@ def weights_hash(network: nn.Module) -> str:
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/05_measure/03_images.ipynb #4a23a3db
 class NetworkFeatures:
-    """Features by a function of `network`, on pictures as they are: NetworkFeatures(classifier, classifier.features, "digits classifier").
+    """Features by a function of `network`, on pictures as they are.
 
-    Raises ValueError when it is asked while the network is in training mode, in which dropout and batch statistics would decide the features.
+    For example NetworkFeatures(classifier, classifier.features, "digits classifier"). A call raises ValueError while
+    the network is in training mode, in which dropout and batch statistics would decide the features.
     """
 
     resize = "none"
@@ -88,7 +101,8 @@ class NetworkFeatures:
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.network.training:
-            raise ValueError(f"{self.name} is in training mode, where dropout and batch statistics change its features: call .eval() on it first")
+            raise ValueError(f"{self.name} is in training mode, where dropout and batch statistics change its "
+                             "features: call .eval() on it first")
         with torch.inference_mode():
             return self.features(images.float()).flatten(1)
 
@@ -105,7 +119,10 @@ def present(folder: str | Path, file: str, source: str) -> Path:
 
 
 class InceptionFeatures:
-    """Inception's 2048 features as clean-fid computes them, with the weights in `folder`. Raises FileNotFoundError naming the file if they are not there."""
+    """Inception's 2048 features as clean-fid computes them, with the weights in `folder`.
+
+    Raises FileNotFoundError naming the file if they are not there.
+    """
 
     name, resize = "Inception (clean-fid)", "clean-fid, PIL bicubic to 299 × 299, on bytes"
 
@@ -115,7 +132,8 @@ class InceptionFeatures:
 
         path = present(folder, INCEPTION, "NVIDIA's StyleGAN2-ADA metrics, as used by clean-fid")
         self.weights, self.device = file_hash(path)[:16], device
-        self.network, self._resize = InceptionV3W(str(Path(folder)), download=False).to(device).eval(), build_resizer("clean")
+        self.network = InceptionV3W(str(Path(folder)), download=False).to(device).eval()
+        self._resize = build_resizer("clean")
 
     def __call__(self, images: Tensor) -> Tensor:
         resized = np.stack([self._resize(picture) for picture in to_bytes(images)])
@@ -123,65 +141,97 @@ class InceptionFeatures:
             return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)).float()
 
 # %% ../../nbs/05_measure/03_images.ipynb #5fb8b387
-def _judged(images: Images, count: int, extractor: Extractor, batch_size: int, accelerator: Accelerator | None, progress: bool) -> Iterator[Tensor]:
-    """Features of the pictures of this process' share of the ids 0 … count - 1, batch after batch."""
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"there is nothing to judge: {count} pictures in batches of {batch_size}")
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    mine = range(count * rank // world, count * (rank + 1) // world)
-    for start in tqdm(range(0, len(mine), batch_size), extractor.name, disable=not progress or rank > 0):
-        features = extractor(images(list(mine[start : start + batch_size])))
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(f"{extractor.name} gave features that are not finite: look at the pictures from id {mine[start]} on")
-        yield features
+@dataclass(frozen=True)
+class _Asking:
+    """How an extractor is asked for the features of the pictures of ids 0 … count - 1: in batches, and by whom.
 
+    Raises ValueError for no pictures.
+    """
 
+    images: Images
+    count: int
+    extractor: Extractor
+    batch_size: int
+    accelerator: Accelerator | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.batch_size < 1:
+            raise ValueError(f"there is nothing to judge: {self.count} pictures in batches of {self.batch_size}")
+
+    def batches(self) -> Iterator[Tensor]:
+        """Features of this process' share, batch after batch. Raises ValueError for what is not finite."""
+        one = self.accelerator is None
+        rank, world = (0, 1) if one else (self.accelerator.process_index, self.accelerator.num_processes)
+        mine, size = range(self.count * rank // world, self.count * (rank + 1) // world), self.batch_size
+        for start in tqdm(range(0, len(mine), size), self.extractor.name, disable=not self.progress or rank > 0):
+            features = self.extractor(self.images(list(mine[start : start + size])))
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError(f"{self.extractor.name} gave features that are not finite: "
+                                 f"look at the pictures from id {mine[start]} on")
+            yield features
+
+# %% ../../nbs/05_measure/03_images.ipynb #2cce1394
 def _shares(make: Callable[[], object], accelerator: Accelerator | None) -> list:
-    """What `make()` gives on each process, on all of them. Where it fails on one, all raise: the others would wait for that one's share for ever."""
+    """What `make()` gives on each process, on all of them.
+
+    Where it fails on one, all raise: the others would wait for that one's share for ever.
+    """
     if accelerator is None or accelerator.num_processes == 1:
         return [make()]
     from accelerate.utils import gather_object
 
-    share, failed = None, None
+    share, failure = None, None
     try:
         share = make()
     except Exception as error:  # whatever it is, the others have to hear of it
-        failed = error
-    told = gather_object([(share, None if failed is None else f"process {accelerator.process_index}: {type(failed).__name__}: {failed}")])
-    if failed is not None:
-        raise failed
-    if failures := [message for _, message in told if message is not None]:
+        failure = error
+    message = failure and f"process {accelerator.process_index}: {type(failure).__name__}: {failure}"
+    pairs = gather_object([(share, message)])
+    if failure is not None:
+        raise failure
+    if failures := [message for _, message in pairs if message is not None]:
         raise ValueError(f"other processes could not make their share of the pictures ({'; '.join(failures)})")
-    return [share for share, _ in told]
+    return [share for share, _ in pairs]
+
+# %% ../../nbs/05_measure/03_images.ipynb #ab63782e
+def features_of(
+    images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Features (count, d), on the CPU, of the pictures of ids 0 … count - 1, in that order and on all processes."""
+    asking = _Asking(images, count, extractor, batch_size, accelerator, progress)
+    shares = _shares(lambda: [features.cpu() for features in asking.batches()], accelerator)
+    return torch.cat([part for share in shares for part in share])
 
 
-def features_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Tensor:
-    """Features (count, d), on the CPU, of the pictures of the ids 0 … count - 1, in that order and on all processes."""
-    mine = lambda: [features.cpu() for features in _judged(images, count, extractor, batch_size, accelerator, progress)]
-    return torch.cat([part for share in _shares(mine, accelerator) for part in share])
-
-
-def moments_of(images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None, progress: bool = False) -> Moments:
+def moments_of(
+    images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> Moments:
     """The moments of these features, without keeping them: all that the Fréchet distance needs."""
-    def mine() -> Moments:
-        total = Moments()
-        for features in _judged(images, count, extractor, batch_size, accelerator, progress):
-            total = total.join(Moments.of(features))
-        return total if accelerator is None or accelerator.num_processes == 1 or not total.n else Moments(total.n, total.mean.cpu(), total.scatter.cpu())
+    asking = _Asking(images, count, extractor, batch_size, accelerator, progress)
 
-    joined = Moments()
-    for share in _shares(mine, accelerator):
-        joined = joined.join(share)
-    return joined
+    def share() -> Moments:
+        own = reduce(Moments.join, map(Moments.of, asking.batches()), Moments())
+        alone = accelerator is None or accelerator.num_processes == 1 or not own.n
+        return own if alone else Moments(own.n, own.mean.cpu(), own.scatter.cpu())
+
+    return reduce(Moments.join, _shares(share, accelerator), Moments())
+
+# %% ../../nbs/05_measure/03_images.ipynb #7e811c48
+BACKBONES = {
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth"),
+    "vgg": ("vgg16", "vgg16-397923af.pth"),
+    "squeeze": ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth"),
+}
 
 # %% ../../nbs/05_measure/03_images.ipynb #0ee2c118
-BACKBONES = {"alex": ("alexnet", "alexnet-owt-7be5be79.pth"), "vgg": ("vgg16", "vgg16-397923af.pth"), "squeeze": ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth")}
-
-
 class PerceptualDistance:
-    """LPIPS by the package lpips, with the ImageNet weights of `net` ("alex", "vgg" or "squeeze") in `folder` (default: torch's own, torch.hub.get_dir()/checkpoints).
+    """LPIPS by the package lpips, with the ImageNet weights of `net`, one of BACKBONES, in `folder`.
 
-    Raises ValueError for another backbone, FileNotFoundError naming the file if it is not there.
+    folder: by default torch's own, torch.hub.get_dir()/checkpoints. Raises ValueError for another backbone,
+    FileNotFoundError naming the file if it is not there.
     """
 
     def __init__(self, net: str = "alex", folder: str | Path | None = None, device: str | torch.device = "cpu"):
@@ -189,48 +239,67 @@ class PerceptualDistance:
 
         if net not in BACKBONES:
             raise ValueError(f"unknown backbone {net!r}; known are {', '.join(BACKBONES)}")
-        path = present(folder or Path(torch.hub.get_dir()) / "checkpoints", BACKBONES[net][1], f"torchvision's {BACKBONES[net][0]}, IMAGENET1K_V1")
+        name, file = BACKBONES[net]
+        folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
+        path = present(folder, file, f"torchvision's {name}, IMAGENET1K_V1")
         self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        given = {name.split(".", 1)[1]: value for name, value in torch.load(path, map_location="cpu", weights_only=True).items() if name.startswith("features.")}
-        own = self.network.net.state_dict()
-        self.network.net.load_state_dict({name: given[name.split(".", 1)[1]] for name in own})
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        layers = self.network.net.state_dict()  # each name begins with that of a slice, and goes on as torchvision's
+        self.network.net.load_state_dict({key: weights[f"features.{key.split('.', 1)[1]}"] for key in layers})
         self.network = self.network.to(device).eval().requires_grad_(False)
         self.name, self.weights, self.device = f"LPIPS ({net})", weights_hash(self.network), device
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
-        """(n,): the distances of two batches of pictures (n, 1 or 3, height, width) in [-1, 1]. Raises ValueError for unequal shapes or pictures of less than 32 × 32."""
+        """(n,): the distances of two batches of pictures (n, 1 or 3, height, width) in [-1, 1].
+
+        Raises ValueError for unequal shapes or pictures of less than 32 × 32.
+        """
         if a.shape != b.shape or a.ndim != 4 or min(a.shape[2:]) < 32:
-            raise ValueError(f"LPIPS compares two batches of pictures of one shape, 32 × 32 or more, not {tuple(a.shape)} and {tuple(b.shape)}")
+            raise ValueError("LPIPS compares two batches of pictures of one shape, 32 × 32 or more, "
+                             f"not {tuple(a.shape)} and {tuple(b.shape)}")
         rgb = lambda part: part.float().expand(-1, 3, -1, -1).to(self.device)
+        pairs = zip(a.split(batch_size), b.split(batch_size))
         with torch.inference_mode():
-            return torch.cat([self.network(rgb(x), rgb(y)).flatten().cpu() for x, y in zip(a.split(batch_size), b.split(batch_size))])
+            return torch.cat([self.network(rgb(x), rgb(y)).flatten().cpu() for x, y in pairs])
 
-
+# %% ../../nbs/05_measure/03_images.ipynb #8f984633
 def perceptual_diversity(images: Tensor, distance: PerceptualDistance, batch_size: int = 64) -> Tensor:
-    """(prompts,): the mean distance over all n (n - 1) / 2 pairs of the n pictures of each prompt; images: (prompts, n, channels, height, width) in [-1, 1]."""
+    """(prompts,): the mean distance over all n (n - 1) / 2 pairs of the n pictures of each prompt.
+
+    images: (prompts, n, channels, height, width) in [-1, 1]. Raises ValueError for fewer than two pictures of a prompt.
+    """
     if images.ndim != 5 or images.shape[1] < 2:
-        raise ValueError(f"diversity needs at least two pictures of each prompt, (prompts, n, channels, height, width), not {tuple(images.shape)}")
+        raise ValueError("diversity needs at least two pictures of each prompt, (prompts, n, channels, height, width), "
+                         f"not {tuple(images.shape)}")
     one, other = torch.triu_indices(images.shape[1], images.shape[1], 1)
-    return distance(images[:, one].flatten(0, 1), images[:, other].flatten(0, 1), batch_size).view(len(images), -1).mean(1)
+    apart = distance(images[:, one].flatten(0, 1), images[:, other].flatten(0, 1), batch_size)
+    return apart.view(len(images), -1).mean(1)
 
 # %% ../../nbs/05_measure/03_images.ipynb #1a3922fb
-CLIP_CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {"cosine": lambda c: c, "100 cosine": lambda c: 100 * c, "2.5 max(cosine, 0)": lambda c: 2.5 * c.clamp(min=0)}
+CLIP_CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cosine": lambda c: c,
+    "100 cosine": lambda c: 100 * c,
+    "2.5 max(cosine, 0)": lambda c: 2.5 * c.clamp(min=0),
+}
 
 
 class Clip:
-    """CLIP by transformers, from a local folder (or a hub id with a `revision`); safetensors only. As an extractor it gives the projected features of pictures."""
+    """CLIP by transformers, from a local folder (or a hub id with a `revision`); safetensors only.
+
+    As an extractor it gives the projected features of pictures. Raises FileNotFoundError if there is no such folder.
+    """
 
     def __init__(self, path: str | Path, revision: str | None = None, device: str | torch.device = "cpu"):
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        local = Path(path).is_dir()
-        if not local and revision is None:
-            raise FileNotFoundError(f"there is no folder {path}: put a CLIP model there (config.json, model.safetensors, tokenizer, preprocessor_config.json), or name a hub id with its revision")
-        source = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
-        self.network = CLIPModel.from_pretrained(path, use_safetensors=True, **source).to(device).eval().requires_grad_(False)
-        self.tokenizer, self.processor = AutoTokenizer.from_pretrained(path, **source), CLIPImageProcessor.from_pretrained(path, **source)
+        source = _clip_source(path, revision)
+        network = CLIPModel.from_pretrained(path, use_safetensors=True, **source)
+        self.network, self.device = network.to(device).eval().requires_grad_(False), device
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        self.processor = CLIPImageProcessor.from_pretrained(path, **source)
         size = self.network.config.vision_config.image_size
-        self.name, self.resize, self.weights, self.device = f"CLIP {Path(path).name}", f"PIL bicubic to {size}, on bytes", weights_hash(self.network), device
+        self.name, self.weights = f"CLIP {Path(path).name}", weights_hash(self.network)
+        self.resize = f"PIL bicubic to {size}, on bytes"
 
     def __call__(self, images: Tensor) -> Tensor:
         pixels = self.processor(list(to_bytes(images)), return_tensors="pt")["pixel_values"].to(self.device)
@@ -239,12 +308,27 @@ class Clip:
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """(n, d): the projected features of some texts, cut at the model's length."""
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.network.config.text_config.max_position_embeddings, return_tensors="pt").to(self.device)
+        cut = {"truncation": True, "max_length": self.network.config.text_config.max_position_embeddings}
+        tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt", **cut).to(self.device)
         with torch.inference_mode():
             return self.network.text_projection(self.network.text_model(**tokens).pooler_output).float()
 
-    def score(self, images: Tensor, prompts: Sequence[str], convention: str = "cosine") -> Tensor:
-        """(n,): how well each picture fits its prompt. Raises ValueError for an unknown convention, or unequal numbers of pictures and prompts."""
-        if convention not in CLIP_CONVENTIONS or len(images) != len(prompts):
-            raise ValueError(f"CLIP scores one prompt for each picture, not {len(prompts)} for {len(images)}, by one of the conventions {', '.join(CLIP_CONVENTIONS)}, not {convention!r}")
-        return CLIP_CONVENTIONS[convention](torch.cosine_similarity(self(images), self.texts(prompts)).cpu())
+# %% ../../nbs/05_measure/03_images.ipynb #c3cc1316
+def _clip_source(path: str | Path, revision: str | None) -> dict[str, str | bool]:
+    """Where CLIP is to be read from. Raises FileNotFoundError if there is no such folder."""
+    local = Path(path).is_dir()
+    if not local and revision is None:
+        raise FileNotFoundError(f"there is no folder {path}: put a CLIP model there (config.json, model.safetensors, "
+                                "tokenizer, preprocessor_config.json), or name a hub id with its revision")
+    return {"local_files_only": local, **({} if revision is None else {"revision": revision})}
+
+
+def clip_score(clip: Clip, images: Tensor, prompts: Sequence[str], convention: str = "cosine") -> Tensor:
+    """(n,): how well each picture fits its prompt. convention: of CLIP_CONVENTIONS.
+
+    Raises ValueError for an unknown convention, or unequal numbers of pictures and prompts.
+    """
+    if convention not in CLIP_CONVENTIONS or len(images) != len(prompts):
+        raise ValueError(f"CLIP scores one prompt for each picture, not {len(prompts)} for {len(images)}, by one of "
+                         f"the conventions {', '.join(CLIP_CONVENTIONS)}, not {convention!r}")
+    return CLIP_CONVENTIONS[convention](torch.cosine_similarity(clip(images), clip.texts(prompts)).cpu())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion.noise import generator
 
 # %% auto #0
-__all__ = ['Estimate', 'mean_interval', 'paired_difference', 'bootstrap_interval']
+__all__ = ['Values', 'Estimate', 'mean_interval', 'paired_difference', 'bootstrap_interval']
 
 # %% ../../nbs/05_measure/01_intervals.ipynb #8b967980
 @dataclass(frozen=True)
@@ -28,11 +28,15 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}], n = {self.n}" if self.n > 1 else f"{self.mean:.4g}, n = 1"
+        interval = f" [{self.low:.4g}, {self.high:.4g}]" if self.n > 1 else ""
+        return f"{self.mean:.4g}{interval}, n = {self.n}"
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of `values`, one for each seed, with Student's interval. Raises ValueError for no values, what is not finite, or a level outside (0, 1)."""
+    """Mean of `values`, one for each seed, with Student's interval.
+
+    Raises ValueError for no values, what is not finite, or a level outside (0, 1).
+    """
     from scipy.stats import t
 
     values = np.asarray(values, np.float64)
@@ -45,34 +49,44 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 # %% ../../nbs/05_measure/01_intervals.ipynb #4cda50b9
-def paired_difference(a: Mapping[int, float] | Sequence[float], b: Mapping[int, float] | Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of b - a over the seeds that both arms were run on, with Student's interval: what a seed does to both cancels, so it is narrower than comparing two means.
+Values = Mapping[int, float] | Sequence[float]  # by seed, or in the order of the seeds
 
-    `a`, `b`: values in the same order of seeds, or {seed: value}. Raises ValueError unless the seeds (or their numbers) are the same.
+
+def paired_difference(a: Values, b: Values, level: float = 0.95) -> Estimate:
+    """Mean of b - a over the seeds that both arms were run on, with Student's interval.
+
+    What a seed does to both cancels, so it is narrower than comparing two means. Raises ValueError unless the seeds (or
+    their numbers) are the same.
     """
-    if isinstance(a, Mapping) != isinstance(b, Mapping) or (isinstance(a, Mapping) and a.keys() != b.keys()):
-        raise ValueError(f"a paired difference needs both arms as {{seed: value}} on the same seeds, or both as lists; got {a} and {b}")
+    by_seed = isinstance(a, Mapping)
+    if by_seed != isinstance(b, Mapping) or (by_seed and a.keys() != b.keys()):
+        raise ValueError("a paired difference needs both arms as {seed: value} on the same seeds, or both as lists; "
+                         f"got {a} and {b}")
     if len(a) != len(b):
         raise ValueError(f"a paired difference needs the same seeds in both arms, not {len(a)} and {len(b)} values")
-    pairs = [(a[seed], b[seed]) for seed in a] if isinstance(a, Mapping) else list(zip(a, b))
+    pairs = [(a[seed], b[seed]) for seed in a] if by_seed else list(zip(a, b))
     return mean_interval([second - first for first, second in pairs], level)
 
 # %% ../../nbs/05_measure/01_intervals.ipynb #5bbde0b2
-def bootstrap_interval(figure: Callable[..., float], *samples: Tensor, level: float = 0.95, draws: int = 200, seed: int = 0) -> Estimate:
-    """The figure of `samples` (each of shape (n, …); rows of equal number are drawn together) with its basic bootstrap interval; n of the estimate counts the rows of the first.
+def bootstrap_interval(
+    figure: Callable[..., float], *samples: Tensor, level: float = 0.95, draws: int = 200, seed: int = 0
+) -> Estimate:
+    """The figure of `samples` with its basic bootstrap interval; n of the estimate counts the rows of the first.
 
-    The interval is about the limit of many samples: the bias that few samples give the figure is taken off, so that a biased figure (a Fréchet distance) may lie outside.
-    Not valid for figures of nearest neighbours (coverage, density, precision, recall), among whom a repeated row finds itself: use `mean_interval` over seeds.
-    Raises ValueError for no samples, fewer than 20 draws, or a level outside (0, 1).
+    samples: each (n, …); rows of equal number are drawn together. The interval is about the limit of many samples: the
+    bias that few samples give the figure is taken off, so that a biased figure (a Fréchet distance) may lie outside.
+    Not valid for figures of nearest neighbours (coverage, density, precision, recall), among whom a repeated row finds
+    itself: use `mean_interval` over seeds. Raises ValueError for no samples, fewer than 20 draws, or a level outside
+    (0, 1).
     """
     if not samples or min(len(part) for part in samples) < 2:
         raise ValueError("a bootstrap needs samples: at least two rows to draw from")
     if draws < 20 or not 0 < level < 1:
         raise ValueError(f"a bootstrap needs at least 20 draws and a level in (0, 1), not {draws} and {level}")
-    value, found = float(figure(*samples)), np.empty(draws)
+    value, figures = float(figure(*samples)), np.empty(draws)
     for draw in range(draws):
         rng = generator(seed, "bootstrap", draw)
         rows = {n: rng.integers(n, size=n) for n in dict.fromkeys(len(part) for part in samples)}
-        found[draw] = figure(*(part[rows[len(part)]] for part in samples))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+        figures[draw] = figure(*(part[rows[len(part)]] for part in samples))
+    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, 2 * value - float(high), 2 * value - float(low), len(samples[0]))

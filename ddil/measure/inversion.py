@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -24,7 +25,8 @@ from ..words import did_you_mean
 class PromptedModel(Protocol):
     """What is asked of a text-to-image model here; `ddil.models.pipeline` has one."""
 
-    network: nn.Module
+    kind: str
+    unet: nn.Module
     schedule: DiscreteVP
     tokenizers: list[CLIPTokenizer]
     text_encoders: list[nn.Module]
@@ -36,15 +38,20 @@ class PromptedModel(Protocol):
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'OPTIMIZERS', 'INNER', 'CHECKS', 'PromptedModel', 'vocabulary', 'text_of', 'reads_back',
-           'prompt_conditions', 'Draw', 'Problem', 'project', 'Descent', 'Inversion', 'invert']
+           'prompt_conditions', 'Draw', 'draw_states', 'PromptSearch', 'noise_error', 'embedding_table', 'project',
+           'Descent', 'Inversion', 'find_prompt']
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #ab6856f7
 def vocabulary(tokenizer: CLIPTokenizer, words: bool = False) -> Tensor:
-    """Ids, (n,), of the tokens that a prompt may be made of: all but control tokens; with `words`, those alone whose text can be printed and is read back as that one token."""
+    """Ids, (n,), of the tokens that a prompt may be made of: all but control tokens.
+
+    words: those alone whose text can be printed and is read back as that one token.
+    """
     ids = [i for i in range(len(tokenizer)) if i not in set(tokenizer.all_special_ids)]
     if words:
         texts = [tokenizer.decode([i]) for i in ids]
-        ids = [i for i, one, again in zip(ids, texts, tokenizer(texts, add_special_tokens=False).input_ids) if again == [i] and one.isprintable()]
+        again = tokenizer(texts, add_special_tokens=False).input_ids
+        ids = [i for i, text, read in zip(ids, texts, again) if read == [i] and text.isprintable()]
     return torch.tensor(ids)
 
 
@@ -60,7 +67,8 @@ def reads_back(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> bool:
 # %% ../../nbs/05_measure/10_inversion.ipynb #01da5de7
 @contextmanager
 def _spoken(encoder: nn.Module, embeddings: Tensor) -> Iterator[None]:
-    """Within it, `embeddings`, (tokens, width), stand after the begin token of every prompt that the encoder is given."""
+    """Within it, `embeddings`, (tokens, width), stand after the begin token of every prompt of the encoder."""
+
     def replace(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         ours = embeddings.to(output.dtype).expand(len(output), -1, -1)
         return torch.cat([output[:, :1], ours, output[:, 1 + len(embeddings) :]], dim=1)
@@ -71,7 +79,7 @@ def _spoken(encoder: nn.Module, embeddings: Tensor) -> Iterator[None]:
     finally:
         handle.remove()
 
-
+# %% ../../nbs/05_measure/10_inversion.ipynb #c8d123a9
 def _framed(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> Tensor:
     """(1, length): begin, the tokens, end, and padding as the tokenizer pads."""
     rest = tokenizer.model_max_length - len(ids) - 2
@@ -80,18 +88,20 @@ def _framed(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def prompt_conditions(model: PromptedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """(n, length, width): the conditions of prompts that are given as ids; where these read back, the same as of their text."""
+    """(n, length, width): the conditions of prompts that are given as ids.
+
+    Where these read back, they are the same as those of their text. Raises ValueError for SDXL.
+    """
     _check_model(model)
-    return torch.cat([model.text_encoders[0](_framed(model.tokenizers[0], ids).to(model.device))[0] for ids in prompts])
+    encoder, tokenizer = model.text_encoders[0], model.tokenizers[0]
+    return torch.cat([encoder(_framed(tokenizer, ids).to(model.device))[0] for ids in prompts])
 
 
 def _check_model(model: PromptedModel) -> None:
+    if model.kind == "StableDiffusionXL":
+        raise ValueError("SDXL has two text encoders with an embedding table each, and one prompt cannot be searched "
+                         "in both: search with a Stable Diffusion model")
     model.need("text_encoders")
-    if len(model.text_encoders) > 1:
-        raise ValueError(
-            "this model has two text encoders with an embedding table each, and one prompt cannot be searched in both: "
-            "invert with a Stable Diffusion model"
-        )
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #a4883a29
 HELD_OUT = 32  # states by which prompts are compared
@@ -106,9 +116,27 @@ class Draw:
     eps: Tensor
 
 
+def draw_states(
+    latents: Tensor, schedule: DiscreteVP, knots: tuple[int, int], n: int, rng: np.random.Generator
+) -> Draw:
+    """`n` states of `latents` at times between two knots of the schedule, one from each of n equal parts, in any order.
+    """
+    low, high = knots
+    parts = (rng.permutation(n) + rng.random(n)) / n
+    chosen = torch.from_numpy(low + (parts * (high - low + 1)).astype(int).clip(max=high - low))
+    x = latents[(torch.arange(n) + int(rng.integers(len(latents)))) % len(latents)]
+    eps = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype="float32")).to(x)
+    t = (chosen.double() / schedule.knots).to(x.device)
+    alpha, sigma = coefficients(schedule, t, x)
+    return Draw(combine(alpha, x, sigma, eps), t, eps)
+
+# %% ../../nbs/05_measure/10_inversion.ipynb #98b33b62
 @dataclass
-class Problem:
-    """What is asked of a prompt: to tell the noise from the `latents`, (n, c, h, w), at `times` (earliest, latest) of [0, 1]."""
+class PromptSearch:
+    """What is asked of a prompt: to tell the noise from the `latents`, (n, c, h, w), at `times` of (0, 1].
+
+    times: earliest and latest. Raises ValueError for SDXL, latents of another shape, or times out of range.
+    """
 
     model: PromptedModel
     latents: Tensor
@@ -126,56 +154,55 @@ class Problem:
 
     def draw(self, n: int, *purpose: str | int) -> Draw:
         """`n` states, which depend on the seed and `purpose` alone."""
-        rng, (low, high) = generator(self.seed, "inversion", *purpose), self.knots
-        parts = (rng.permutation(n) + rng.random(n)) / n  # one time from each of n equal parts, in any order
-        knots = torch.from_numpy(low + (parts * (high - low + 1)).astype(int).clip(max=high - low))
-        x = self.latents[(torch.arange(n) + int(rng.integers(len(self.latents)))) % len(self.latents)]
-        eps = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype="float32")).to(x)
-        t = (knots.double() / self.model.schedule.knots).to(x.device)
-        alpha, sigma = coefficients(self.model.schedule, t, x)
-        return Draw(combine(alpha, x, sigma, eps), t, eps)
+        rng = generator(self.seed, "inversion", *purpose)
+        return draw_states(self.latents, self.model.schedule, self.knots, n, rng)
 
     def loss(self, embeddings: Tensor, draw: Draw) -> Tensor:
-        """Mean square error in the noise under the prompt of `embeddings`, (tokens, width). One pass of the text encoder."""
+        """Mean square error in the noise under the prompt of `embeddings`, (tokens, width). One pass of the encoder."""
         self.evaluations += 1
-        with _spoken(self.model.text_encoders[0], embeddings):
-            cond = self.model.text_encoders[0](_framed(self.model.tokenizers[0], [0] * len(embeddings)).to(self.model.device))[0]
-        return self.error(cond, draw)
-
-    def error(self, cond: Tensor, draw: Draw) -> Tensor:
-        """Mean square error in the noise under a condition (1, length, width)."""
-        x_hat = self.denoiser(draw.z, draw.t, cond.expand(len(draw.z), -1, -1))
-        eps = from_x("eps", x_hat, draw.z, *coefficients(self.model.schedule, draw.t, draw.z))
-        return (eps - draw.eps).square().mean()
+        encoder = self.model.text_encoders[0]
+        with _spoken(encoder, embeddings):
+            cond = encoder(_framed(self.model.tokenizers[0], [0] * len(embeddings)).to(self.model.device))[0]
+        return noise_error(self.denoiser, cond, draw)
 
     @torch.no_grad()
     def held_out(self, ids: tuple[int, ...]) -> float:
         """The loss of the prompt of some tokens on states kept apart; each prompt is asked once."""
         if ids not in self._known:
-            self._known[ids] = self.loss(self.table[list(ids)], self.draw(HELD_OUT, "held out")).item()
+            self._known[ids] = self.loss(embedding_table(self.model)[list(ids)], self.draw(HELD_OUT, "held out")).item()
         return self._known[ids]
 
-    @property
-    def table(self) -> Tensor:
-        """(tokens of the vocabulary, width): the embeddings that the encoder looks up."""
-        return self.model.text_encoders[0].get_input_embeddings().weight.detach().float()
+# %% ../../nbs/05_measure/10_inversion.ipynb #541e3929
+def noise_error(denoiser: Denoiser, cond: Tensor, draw: Draw) -> Tensor:
+    """Mean square error in the noise of a draw under a condition (1, length, width)."""
+    x_hat = denoiser(draw.z, draw.t, cond.expand(len(draw.z), -1, -1))
+    eps = from_x("eps", x_hat, draw.z, *coefficients(denoiser.schedule, draw.t, draw.z))
+    return (eps - draw.eps).square().mean()
+
+
+def embedding_table(model: PromptedModel) -> Tensor:
+    """(tokens of the vocabulary, width): the embeddings that the text encoder looks up."""
+    return model.text_encoders[0].get_input_embeddings().weight.detach().float()
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #e579fd8e
 def _knots(times: tuple[float, float], knots: int) -> tuple[int, int]:
-    """The first and the last knot of a range of times."""
+    """The first and the last knot of a range of times. Raises ValueError for times out of range, or none between."""
     if len(times) != 2 or not 0 < times[0] <= times[1] <= 1:
         raise ValueError(f"times are the earliest and the latest, in (0, 1], such as (0.5, 0.9), not {times}")
     low, high = math.ceil(times[0] * knots - 1e-9), math.floor(times[1] * knots + 1e-9)
     if low > high:
-        raise ValueError(f"there is no time between {times[0]} and {times[1]} at which a network with {knots} steps was trained: widen the range")
+        raise ValueError(f"there is no time between {times[0]} and {times[1]} at which a network with {knots} steps "
+                         "was trained: widen the range")
     return low, high
 
 
 def _checked_latents(model: PromptedModel, latents: Tensor) -> Tensor:
-    config = model.network.config
+    """The latents in float32. Raises ValueError if they do not fit the model, or are not finite."""
+    config, shape = model.unet.config, tuple(latents.shape)
     multiple = 2 ** (len(config.block_out_channels) - 1)
-    if latents.ndim != 4 or len(latents) < 1 or latents.shape[1] != config.in_channels or latents.shape[2] % multiple or latents.shape[3] % multiple:
-        raise ValueError(f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with sides that are multiples of {multiple}, as encode_images gives them; not {tuple(latents.shape)}")
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != config.in_channels or shape[2] % multiple or shape[3] % multiple:
+        raise ValueError(f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with "
+                         f"sides that are multiples of {multiple}, as encode_images gives them; not {shape}")
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the latents are not finite: encode the pictures with the VAE in float32")
     return latents.float()
@@ -185,46 +212,51 @@ def project(embeddings: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
     """Ids, (tokens,), among `allowed` of the rows of `table` nearest to `embeddings`, (tokens, width)."""
     return allowed[torch.cdist(embeddings, table[allowed]).argmin(1)]
 
-# %% ../../nbs/05_measure/10_inversion.ipynb #812bfd09
-OPTIMIZERS = {"gradient": (1.0, 1), "adam": (0.3, 1), "lbfgs": (0.8, 20)}  # with default rates, and evaluations from projection to projection
+# %% ../../nbs/05_measure/10_inversion.ipynb #bdb009e8
+OPTIMIZERS = {  # with default rates, and evaluations from projection to projection
+    "gradient": (1.0, 1),
+    "adam": (0.3, 1),
+    "lbfgs": (0.8, 20),
+}
 INNER = 20  # evaluations of one update of L-BFGS
 
-
+# %% ../../nbs/05_measure/10_inversion.ipynb #812bfd09
 class Descent:
     """Embeddings on their way: `free` (tokens, width), and the `ids` that they project to."""
 
-    def __init__(self, problem: Problem, start: Tensor, allowed: Tensor, optimizer: str, learning_rate: float, projection_every: int):
-        self.problem, self.table, self.allowed, self.every = problem, problem.table, allowed, projection_every
+    def __init__(
+        self, search: PromptSearch, start: Tensor, allowed: Tensor, optimizer: str, rate: float, projection_every: int
+    ):
+        self.search, self.allowed, self.every = search, allowed, projection_every
+        self.table = embedding_table(search.model)
         self.free = self.table[start].clone().requires_grad_()
-        self.ids, self._count, self._kind, self._rate = start, 0, optimizer, learning_rate
-        if optimizer != "lbfgs":
+        self.ids, self._count, self._rate, self._optimizer = start, 0, rate, None
+        if optimizer == "gradient":
+            self._optimizer = torch.optim.SGD([self.free], lr=rate)
+        if optimizer == "adam":
             scale = self.table[allowed].square().mean().sqrt().item()
-            self._optimizer = torch.optim.SGD([self.free], lr=learning_rate) if optimizer == "gradient" else torch.optim.Adam([self.free], lr=learning_rate * scale)
-
-    def _anchor(self) -> None:
-        """Project, and remember from where."""
-        self.ids = project(self.free.detach(), self.table, self.allowed)
-        self._from, self._at = self.free.detach().clone(), self.table[self.ids]
+            self._optimizer = torch.optim.Adam([self.free], lr=rate * scale)
 
     def evaluate(self, draw: Draw) -> Tensor:
         """The loss at the projection; its gradient there becomes the gradient of `free`."""
-        if self._count % self.every == 0:
-            self._anchor()
+        if self._count % self.every == 0:  # project, and remember from where
+            self.ids = project(self.free.detach(), self.table, self.allowed)
+            self._from, self._at = self.free.detach().clone(), self.table[self.ids]
         self._count += 1
         at = (self._at + (self.free.detach() - self._from)).requires_grad_()
         with torch.enable_grad():
-            loss = self.problem.loss(at, draw)
-        self.free.grad, = torch.autograd.grad(loss, at)
+            loss = self.search.loss(at, draw)
+        (self.free.grad,) = torch.autograd.grad(loss, at)
         return loss.detach()
 
     def update(self, draw: Draw) -> float:
         """One update on one draw of noise. Returns the loss before it."""
-        if self._kind == "lbfgs":
+        if self._optimizer is None:  # L-BFGS begins anew with every draw
             self._count = 0
-            loss = torch.optim.LBFGS([self.free], lr=self._rate, max_iter=INNER, max_eval=INNER).step(lambda: self.evaluate(draw))
-        else:
-            loss = self.evaluate(draw)
-            self._optimizer.step()
+            lbfgs = torch.optim.LBFGS([self.free], lr=self._rate, max_iter=INNER, max_eval=INNER)
+            return float(lbfgs.step(lambda: self.evaluate(draw)))
+        loss = self.evaluate(draw)
+        self._optimizer.step()
         return float(loss)
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #06fa47f8
@@ -233,8 +265,12 @@ CHECKS = 10  # times that each run is looked at
 
 @dataclass
 class Inversion:
-    """A prompt: its `ids` and their `text`; `reads_back`: whether the text gives these ids again. `held_out`: its loss on states kept apart, and `empty`, that without a prompt.
-    Of the best run, `loss` and `trace`, the ids, at every update; of all runs, `restarts`, the best held-out loss of each. `evaluations`: of the loss, with those held out."""
+    """A prompt: its `ids` and their `text`; `reads_back`: whether the text gives these ids again.
+
+    held_out: its loss on states kept apart; empty: that without a prompt. Of the best run, `loss` and `trace`, the ids,
+    at every update; of all runs, `restarts`, the best held-out loss of each. evaluations: of the loss, held out
+    included.
+    """
 
     ids: list[int]
     text: str
@@ -247,57 +283,83 @@ class Inversion:
     evaluations: int
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #925ec1a0
-def _check_search(model: PromptedModel, tokens: int, optimizer: str, whole: dict[str, int], rate: float, allowed: Tensor) -> None:
+@dataclass
+class _Run:
+    """One run: its best held-out loss, the ids of that, and loss and ids at every update."""
+
+    held_out: float
+    ids: tuple[int, ...]
+    loss: list[float]
+    trace: list[list[int]]
+
+
+def _run(descent: Descent, updates: Iterable[int], total: int, batch: int) -> _Run:
+    """Carry out one run. Raises ValueError if it diverges."""
+    loss, trace, known, every = [], [], {}, max(1, total // CHECKS)
+    for update in updates:
+        loss.append(descent.update(descent.search.draw(batch, "update", update)))
+        if not math.isfinite(loss[-1]) or not bool(torch.isfinite(descent.free).all()):
+            raise ValueError(f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: "
+                             "lower the learning rate, or load the model in float32")
+        trace.append(descent.ids.tolist())
+        if update % every == 0 or update == total - 1:
+            known[tuple(trace[-1])] = descent.search.held_out(tuple(trace[-1]))
+    best = min(known, key=known.__getitem__)
+    return _Run(known[best], best, loss, trace)
+
+# %% ../../nbs/05_measure/10_inversion.ipynb #bc2d37f2
+def find_prompt(
+    model: PromptedModel, latents: Tensor, tokens: int = 8, updates: int = 200, times: tuple[float, float] = (0.5, 0.9),
+    optimizer: str = "gradient", learning_rate: float | None = None, projection_every: int | None = None,
+    batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Inversion:
+    """The prompt of `tokens` tokens under which `model` best tells the noise from `latents` (Mahajan et al. 2024).
+
+    latents: (n, c, h, w), one or more pictures of one thing; times: earliest and latest, in (0, 1]; optimizer: of
+    OPTIMIZERS, which has the defaults of `learning_rate` and `projection_every`, the evaluations from projection to
+    projection; batch: noisy states of an update; allowed: ids to choose from (None: all but control tokens). Weights
+    are frozen. Raises ValueError for SDXL, latents of another shape, too many tokens, an unknown optimizer, times
+    outside.
+    """
+    search, tokenizer = PromptSearch(model, latents, times, seed), model.tokenizers[0]
+    allowed = vocabulary(tokenizer) if allowed is None else torch.as_tensor(allowed, dtype=torch.long).cpu()
+    rate, delay = OPTIMIZERS.get(optimizer, (1.0, 1))
+    rate = rate if learning_rate is None else learning_rate
+    delay = delay if projection_every is None else projection_every
+    whole = {"updates": updates, "projection_every": delay, "batch": batch, "restarts": restarts}
+    _check_search(tokenizer, tokens, optimizer, whole, rate, allowed)
+    runs = []
+    for restart in range(restarts):
+        words = generator(seed, "first words", restart).integers(len(allowed), size=tokens)
+        descent = Descent(search, allowed[words].to(model.device), allowed.to(model.device), optimizer, rate, delay)
+        runs.append(_run(descent, progress(range(updates)), updates, batch))
+    best, restarted = min(runs, key=lambda run: run.held_out), [run.held_out for run in runs]
+    ids, empty = list(best.ids), search.held_out(())
+    text, again = text_of(tokenizer, ids), reads_back(tokenizer, ids)
+    return Inversion(ids, text, again, best.held_out, empty, best.loss, best.trace, restarted, search.evaluations)
+
+# %% ../../nbs/05_measure/10_inversion.ipynb #87757f0b
+def _check_search(
+    tokenizer: CLIPTokenizer, tokens: int, optimizer: str, whole: dict[str, int], rate: float, allowed: Tensor
+) -> None:
     """Raise ValueError for what cannot be searched."""
-    longest = model.tokenizers[0].model_max_length - 2
+    longest = tokenizer.model_max_length - 2
     if not 1 <= tokens <= longest:
         raise ValueError(f"a prompt of this model has 1 to {longest} tokens between begin and end, not {tokens}")
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}{did_you_mean(optimizer, OPTIMIZERS)}; known are {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"unknown optimizer {optimizer!r}{did_you_mean(optimizer, OPTIMIZERS)}; "
+                         f"known are {', '.join(OPTIMIZERS)}")
     for name, value in whole.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     if optimizer == "lbfgs" and whole["projection_every"] == 1:
-        raise ValueError("L-BFGS projected at every evaluation sees a loss that changes only when a word does, and stops: projection_every must be 2 or more, such as 20")
+        raise ValueError("L-BFGS projected at every evaluation sees a loss that changes only when a word does, and "
+                         "stops: projection_every must be 2 or more, such as 20")
     if not 0 < rate < math.inf:
         raise ValueError(f"the learning rate must be a positive number, not {rate}")
-    control = set(model.tokenizers[0].all_special_ids)
-    wrong = [int(i) for i in allowed if int(i) in control or not 0 <= int(i) < len(model.tokenizers[0])]
+    control, known = set(tokenizer.all_special_ids), range(len(tokenizer))
+    wrong = [int(i) for i in allowed if int(i) in control or int(i) not in known]
     if len(allowed) == 0 or wrong:
-        raise ValueError(f"allowed must be ids of tokens that are no control tokens, such as vocabulary(tokenizer); {f'not {wrong[:5]}' if wrong else 'there are none'}")
-
-
-def _run(descent: Descent, updates: Iterable[int], total: int, batch: int) -> tuple[float, tuple[int, ...], list[float], list[list[int]]]:
-    """One run: its best held-out loss, the ids of that, and loss and ids at every update."""
-    loss, trace, seen, every = [], [], {}, max(1, total // CHECKS)
-    for update in updates:
-        loss.append(descent.update(descent.problem.draw(batch, "update", update)))
-        if not math.isfinite(loss[-1]) or not bool(torch.isfinite(descent.free).all()):
-            raise ValueError(f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: lower the learning rate, or load the model in float32")
-        trace.append(descent.ids.tolist())
-        if update % every == 0 or update == total - 1:
-            seen[tuple(trace[-1])] = descent.problem.held_out(tuple(trace[-1]))
-    best = min(seen, key=seen.__getitem__)
-    return seen[best], best, loss, trace
-
-# %% ../../nbs/05_measure/10_inversion.ipynb #bc2d37f2
-def invert(model: PromptedModel, latents: Tensor, tokens: int = 8, updates: int = 200, times: tuple[float, float] = (0.5, 0.9), optimizer: str = "gradient", learning_rate: float | None = None,
-           projection_every: int | None = None, batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Inversion:
-    """The prompt of `tokens` tokens under which `model` best tells the noise from `latents`, (n, c, h, w), one or more pictures of one thing (Mahajan et al. 2024).
-
-    times: earliest and latest, in (0, 1]; optimizer: of OPTIMIZERS, where the defaults are of `learning_rate` and `projection_every`, the evaluations from projection to projection;
-    batch: noisy states of an update; `allowed`: ids to choose from (default: all but control tokens). Weights are frozen.
-    Raises ValueError for SDXL, latents of another shape, too many tokens, an unknown optimizer, times outside (0, 1].
-    """
-    problem = Problem(model, latents, times, seed)
-    allowed = vocabulary(model.tokenizers[0]) if allowed is None else torch.as_tensor(allowed, dtype=torch.long).cpu()
-    rate, delay = (known if given is None else given for known, given in zip(OPTIMIZERS.get(optimizer, (1.0, 1)), (learning_rate, projection_every)))
-    _check_search(model, tokens, optimizer, {"updates": updates, "projection_every": delay, "batch": batch, "restarts": restarts}, rate, allowed)
-    runs = []
-    for restart in range(restarts):
-        words = generator(seed, "first words", restart).integers(len(allowed), size=tokens)
-        descent = Descent(problem, allowed[words].to(model.device), allowed.to(model.device), optimizer, rate, delay)
-        runs.append(_run(descent, progress(range(updates)), updates, batch))
-    held_out, ids, loss, trace = min(runs, key=lambda run: run[0])
-    tokenizer = model.tokenizers[0]
-    return Inversion(list(ids), text_of(tokenizer, ids), reads_back(tokenizer, ids), held_out, problem.held_out(()), loss, trace, [run[0] for run in runs], problem.evaluations)
+        raise ValueError("allowed must be ids of tokens that are no control tokens, such as vocabulary(tokenizer); "
+                         f"{f'not {wrong[:5]}' if wrong else 'there are none'}")

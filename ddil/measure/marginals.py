@@ -17,87 +17,116 @@ from ..diffusion.denoiser import Cond, Denoiser, map_cond
 from ..diffusion.exact import GaussianMixture
 from .distances import mmd, sliced_wasserstein
 from ..diffusion.noise import sample_noise, Source
-from .imitation import check_solver, expert, forward_states
+from .imitation import check_solver, forward_states, teacher_at_nodes
 from ..solvers import Memory
+from ..rollins.forward import Forward
 from ..rollins.states import Data
 
 # %% auto #0
-__all__ = ['Distance', 'DISTANCES', 'OTHER_NOISE', 'marginal_distances', 'forward_clean', 'log_det_step', 'exact_shift']
+__all__ = ['MarginalDistance', 'MARGINAL_DISTANCES', 'OTHER_NOISE', 'marginal_distances', 'forward_clean', 'log_det_step',
+           'exact_shift']
 
 # %% ../../nbs/05_measure/08_marginals.ipynb #0e388c2d
-Distance = Callable[[Tensor, Tensor], float]
-DISTANCES: dict[str, Distance] = {"sliced Wasserstein": sliced_wasserstein, "energy distance": mmd}
+MarginalDistance = Callable[[Tensor, Tensor], float]
+MARGINAL_DISTANCES: dict[str, MarginalDistance] = {"sliced Wasserstein": sliced_wasserstein, "energy distance": mmd}
 OTHER_NOISE = 1_000_000  # added to a seed: far from those of other runs that are compared with this one
 
 
-def marginal_distances(student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, distances: Mapping[str, Distance] | None = None,
-                       features: Callable[[Tensor], Tensor] = lambda z: z, seed: int = 0, batch_size: int = 256, teacher_path: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-    """{name: {distance: (steps,)}}: how far the student's states at each of its times but the first are from other crowds, and beside them what equal crowds would show.
+def marginal_distances(
+    student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None,
+    distances: Mapping[str, MarginalDistance] | None = None, features: Callable[[Tensor], Tensor] = lambda z: z,
+    seed: int = 0, batch_size: int = 256, teacher_path: Tensor | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """{name: {distance: (steps,)}}: how far the student's states at its times but the first are from other crowds.
 
-    "teacher": from the teacher's states of the same noise. The two are paired: the distance of equal walks is 0, and "chance" is no baseline for it.
-    "other noise": from the teacher's states of other noise; "forward", given `data`: from noised data. Both are distances of independent crowds, and equal ones of this size show "chance".
-    "chance": from the teacher's states of the same noise to its states of other noise, whose seed is `seed` + `OTHER_NOISE`.
-    `distances`: by default `DISTANCES`. `teacher_path`: the teacher's trajectory for these ids, if it is known already.
+    "teacher": from the teacher's states of the same noise. The two are paired: the distance of equal walks is 0, and
+    "chance" is no baseline for it. "other noise": from the teacher's states of other noise, whose seed is `seed` +
+    OTHER_NOISE; "forward", given `data`: from noised data. Both are distances of independent crowds, and equal ones of
+    this size show "chance": from the teacher's states of the same noise to its states of other noise. distances: None
+    for MARGINAL_DISTANCES. teacher_path: the teacher's trajectory for these ids, if it is known already.
     """
-    stride, distances = expert(teacher, student).stride, distances or DISTANCES
+    stride = teacher_at_nodes(teacher, student).stride
     walk = lambda sampler, seed: sampler.sample(ids, cond, seed=seed, batch_size=batch_size, trajectory=True)
     theirs = (walk(teacher, seed) if teacher_path is None else teacher_path)[stride::stride]
     own, others = walk(student, seed)[1:], walk(teacher, seed + OTHER_NOISE)[stride::stride]
     crowds = {"teacher": (own, theirs), "other noise": (own, others), "chance": (theirs, others)}
     if data is not None:
-        noised = forward_states(student, data, len(ids), seed)[0][1:]
-        clean = forward_clean(student, data, len(ids), seed)
-        crowds["forward"] = (own, [*noised, clean])
-    apart = lambda one, other, distance: torch.tensor([distance(features(a), features(b)) for a, b in zip(one, other)])
-    return {name: {called: apart(*pair, distance) for called, distance in distances.items()} for name, pair in crowds.items()}
+        noisy = forward_states(student, data, len(ids), seed)[0][1:]
+        crowds["forward"] = (own, [*noisy, forward_clean(student, data, len(ids), seed)])
 
+    def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, Tensor]:
+        seen = [(features(a), features(b)) for a, b in zip(one, other)]
+        named = (distances or MARGINAL_DISTANCES).items()
+        return {name: torch.tensor([distance(a, b) for a, b in seen]) for name, distance in named}
 
+    return {name: apart(*pair) for name, pair in crowds.items()}
+
+# %% ../../nbs/05_measure/08_marginals.ipynb #aef01323
 def forward_clean(student: Sampler, data: Data, n: int, seed: int) -> Tensor:
-    """The samples themselves that `forward_states` noises, or at the last time of a grid that ends before 0, noised as little."""
-    from ddil.rollins.forward import Forward
+    """The samples themselves that `forward_states` noises.
 
-    last = Forward(data, student.denoiser.schedule, torch.stack([student.grid[-2], student.grid[-1]]), Source(seed, device=student.denoiser.device)).sample(n, 0)
+    At the last time of a grid that ends before 0 they are noised as little as there.
+    """
+    schedule, device = student.denoiser.schedule, student.denoiser.device
+    ends = torch.stack([student.grid[-2], student.grid[-1]])
+    last = Forward(data, schedule, ends, Source(seed, device=device)).sample(n, 0)
     if student.grid[-1] == 0:
         return last.x
-    alpha, sigma = (float(part(student.grid[-1])) for part in (student.denoiser.schedule.alpha, student.denoiser.schedule.sigma))
+    alpha, sigma = float(schedule.alpha(student.grid[-1])), float(schedule.sigma(student.grid[-1]))
     return alpha * last.x + sigma * sample_noise(range(n), student.shape, seed, 1).to(last.x)
 
 # %% ../../nbs/05_measure/08_marginals.ipynb #2280f5d0
-def log_det_step(sampler: Sampler, z: Tensor, t: float, s: float, cond: Cond = None, h: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """(where one step goes from (z, t), log|det| (n,) of its Jacobian), float64; -inf where the step is not invertible.
-    Raises ValueError for stochastic and multistep solvers, whose steps are no maps from state to state.
+def log_det_step(
+    sampler: Sampler, z: Tensor, t: float, s: float, cond: Cond = None, h: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Where one step goes from (z, t), and log|det| (n,) of its Jacobian, float64; -inf where it is not invertible.
 
-    By central differences of width `h`, since the gradient of a reflected denoiser is not its derivative (it passes straight through the threshold).
+    By central differences of width `h`, since the gradient of a reflected denoiser is not its derivative (it passes
+    straight through the threshold). Raises ValueError for stochastic and multistep solvers, whose steps are no maps.
     """
     check_solver(sampler, "sampler")
+
+    def go(start: Tensor) -> Tensor:
+        arrival = sampler.step(sampler.denoiser, start.view(z.shape), t, s, cond, Memory(torch.randn_like, 1))
+        return arrival.flatten(1)
+
     with torch.inference_mode():
         flat = z.double().flatten(1)
-        go = lambda start: sampler.step(sampler.denoiser, start.view(z.shape), t, s, cond, Memory(torch.randn_like, 1)).flatten(1)
         directions = h * torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
         columns = [(go(flat + direction) - go(flat - direction)) / (2 * h) for direction in directions]
         return go(flat).view(z.shape), torch.linalg.slogdet(torch.stack(columns, 2)).logabsdet
 
+# %% ../../nbs/05_measure/08_marginals.ipynb #b556b3fb
+def exact_shift(
+    student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond = None, seed: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """(steps, n), float64: log q(z) - log p(z) of the student's states at its times but the first.
 
-def exact_shift(student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond = None, seed: int = 0, batch_size: int = 256) -> Tensor:
-    """(steps, n), float64: log q(z) - log p(z) of the student's states at its times but the first, whose mean over n is KL(student's marginal ‖ forward marginal), in nats.
-
-    q follows from the starting density, the standard normal, by the student's Jacobians; p is `exact`'s, and given `cond` (n,) that of each sample's class. Walks in float64.
-    A lower bound where the student's map folds, that is where several starting points end at one place: log q counts only one of them.
-    Raises ValueError for schedules that differ, samples of another shape, stochastic and multistep solvers, or a class of which `exact` has no component.
+    Its mean over n is KL(student's marginal ‖ forward marginal), in nats. q follows from the starting density, the
+    standard normal, by the student's Jacobians; p is `exact`'s, and given `cond` (n,) that of each sample's class.
+    Walks in float64. A lower bound where the student's map folds: log q counts one of the places that a state may come
+    from. Raises ValueError for schedules that differ, samples of another shape, stochastic and multistep solvers, or a
+    class of which `exact` has no component.
     """
     check_solver(student, "student")
     if student.denoiser.schedule != exact.schedule or tuple(student.shape) != exact.sample_shape:
-        raise ValueError(f"student and exact teacher must have one schedule and one shape, not shapes {tuple(student.shape)} and {exact.sample_shape}")
+        raise ValueError("student and exact teacher must have one schedule and one shape, "
+                         f"not shapes {tuple(student.shape)} and {exact.sample_shape}")
+    device, parts = student.denoiser.device, []
     with _in_float64(student.denoiser):
-        parts = [_log_ratios(student, exact, ids[start : start + batch_size], map_cond(lambda c: c[start : start + batch_size].to(student.denoiser.device), cond), seed) for start in range(0, len(ids), batch_size)]
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            part = map_cond(lambda c: c[rows].to(device), cond)
+            parts.append(_log_ratios(student, exact, ids[rows], part, seed))
     return torch.cat(parts, dim=1)
 
-
+# %% ../../nbs/05_measure/08_marginals.ipynb #9c2b912e
 @contextmanager
 def _in_float64(denoiser: Denoiser) -> Iterator[None]:
-    """The denoiser in float64 for a while; then its parameters and buffers, saved with it or not, are the very tensors that they were."""
+    """The denoiser in float64 for a while; then its parameters and buffers are the very tensors that they were."""
     weights = [(parameter, parameter.data) for parameter in denoiser.parameters()]
-    buffers = [(module, name, buffer) for module in denoiser.modules() for name, buffer in module.named_buffers(recurse=False)]
+    buffers = [(module, *named) for module in denoiser.modules() for named in module.named_buffers(recurse=False)]
     denoiser.double()
     try:
         yield
@@ -107,13 +136,15 @@ def _in_float64(denoiser: Denoiser) -> Iterator[None]:
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
 
-
+# %% ../../nbs/05_measure/08_marginals.ipynb #f7c675c5
 def _log_ratios(student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond, seed: int) -> Tensor:
-    scale = student.denoiser.schedule.prior_scale(student.grid[0].item())
+    """`exact_shift` of one batch."""
+    scale, times = student.denoiser.schedule.prior_scale(student.grid[0].item()), student.grid.tolist()
     z = sample_noise(ids, student.shape, seed).double().to(student.denoiser.device)
-    log_q = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1) - z[0].numel() * torch.log(torch.as_tensor(scale, dtype=torch.float64))
+    log_q = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1)
+    log_q = log_q - z[0].numel() * torch.log(torch.as_tensor(scale, dtype=torch.float64))
     z, ratios, share = z * scale, [], _log_share(exact, cond)
-    for t, s in zip(student.grid.tolist(), student.grid.tolist()[1:]):
+    for t, s in zip(times, times[1:]):
         z, change = log_det_step(student, z, t, s, cond)
         log_q = log_q - change
         ratios.append(log_q - exact.log_density(z, s, cond) + share)
@@ -121,11 +152,16 @@ def _log_ratios(student: Sampler, exact: GaussianMixture, ids: Sequence[int], co
 
 
 def _log_share(exact: GaussianMixture, cond: Cond) -> Tensor | float:
-    """log of the weight of each condition's class, which turns `exact`'s joint density of state and class into the state's within the class. Raises ValueError for a class of no weight."""
+    """log of the weight of each condition's class. Raises ValueError for a class of no weight.
+
+    It turns `exact`'s joint density of state and class into the state's within the class.
+    """
     if cond is None or exact.classes is None:
         return 0.0
     allowed = (cond[:, None] == exact.classes) | (cond[:, None] == exact.num_classes)
     share = exact.log_weights.masked_fill(~allowed, -math.inf).logsumexp(1)
     if not bool(torch.isfinite(share).all()):
-        raise ValueError(f"the exact teacher has no component of class {cond[~torch.isfinite(share)][0].item()}: it has no density there; its classes are {exact.classes.unique().tolist()}")
+        missing, classes = cond[~torch.isfinite(share)][0].item(), exact.classes.unique().tolist()
+        raise ValueError(f"the exact teacher has no component of class {missing}: it has no density there; "
+                         f"its classes are {classes}")
     return share

@@ -22,10 +22,12 @@ __all__ = ['Protocol', 'Figure', 'same_protocol', 'Reference', 'judge']
 # %% ../../nbs/05_measure/04_protocols.ipynb #8c31f372
 @dataclass(frozen=True)
 class Protocol:
-    """How a figure was measured. Figures of one metric are comparable if these agree; the number of evaluations (NFE) may differ, since it is what samplers are compared by.
+    """How a figure was measured. Figures of one metric are comparable if these agree.
 
-    samples: how many; seed: of their noise; extractor, weights, resize: the network that judges, the hash of its weights, how it resizes; reference, reference_hash: the pictures
-    held against; guidance_scale: at which the samples were drawn (None: not guided); further: what else decides the figure, such as {"k": 5}.
+    The number of evaluations (NFE) may differ, since it is what samplers are compared by. samples: how many; seed: of
+    their noise; extractor, weights, resize: the network that judges, the hash of its weights, how it resizes;
+    reference, reference_hash: the pictures held against; guidance_scale: at which the samples were drawn (None: not
+    guided); further: what else decides the figure, such as {"k": 5}.
     """
 
     metric: str
@@ -45,10 +47,10 @@ class Protocol:
         further = plain.pop("further")
         return {name.replace("_", " "): value for name, value in {**plain, **further}.items() if name != "metric"}
 
-
+# %% ../../nbs/05_measure/04_protocols.ipynb #82cc0155
 @dataclass(frozen=True)
 class Figure:
-    """A value of a metric, how it was measured, and with how many network evaluations a sample (NFE; None: not known)."""
+    """A value of a metric, how it was measured, and its network evaluations a sample (NFE; None: not known)."""
 
     value: float
     protocol: Protocol
@@ -56,22 +58,26 @@ class Figure:
 
 
 def same_protocol(figures: Iterable[Figure]) -> Protocol:
-    """The one protocol of some figures. Raises ValueError that names the fields that differ: such figures cannot share a table."""
+    """The one protocol of some figures. Raises ValueError that names the fields that differ, and for no figures."""
     figures = list(figures)
     if not figures:
         raise ValueError("there are no figures")
     first = figures[0].protocol
     for figure in figures[1:]:
         mine, theirs = asdict(first), asdict(figure.protocol)
-        if differing := [f"{name} is {mine[name]!r} and {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]:
-            raise ValueError(f"these figures were measured differently and cannot share a table: {'; '.join(differing)}")
+        pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        if differing := [f"{name} is {one!r} and {other!r}" for name, (one, other) in pairs.items()]:
+            raise ValueError("these figures were measured differently and cannot share a table: "
+                             f"{'; '.join(differing)}")
     return first
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #862d4faf
 class Reference:
     """The first `count` of `images` as `extractor` sees them. `hash`: of the pictures' bytes, in order."""
 
-    def __init__(self, name: str, images: Images, count: int, extractor: Extractor, batch_size: int = 64, progress: bool = False):
+    def __init__(
+        self, name: str, images: Images, count: int, extractor: Extractor, batch_size: int = 64, progress: bool = False
+    ):
         digest = hashlib.sha256()
 
         def hashed(ids: Sequence[int]) -> Tensor:
@@ -86,16 +92,28 @@ class Reference:
 
     def protocol(self, metric: str, samples: int, seed: int, guidance_scale: float | None, **further: Any) -> Protocol:
         """That of a metric against this reference."""
-        return Protocol(metric, samples, seed, self.extractor.name, self.extractor.weights, self.extractor.resize, f"{self.name}, {len(self.features)}", self.hash, guidance_scale, further)
+        judge, pictures = self.extractor, f"{self.name}, {len(self.features)}"
+        seen = (judge.name, judge.weights, judge.resize, pictures, self.hash)
+        return Protocol(metric, samples, seed, *seen, guidance_scale, further)
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #70bafe84
-def judge(images: Images, count: int, reference: Reference, *, seed: int = 0, guidance_scale: float | None = None, nfe: float | None = None, k: int = 5, batch_size: int = 64,
-          accelerator: Accelerator | None = None, progress: bool = False) -> dict[str, Figure]:
-    """FID, KID, precision, recall, density and coverage of the pictures of ids 0 … count - 1 against `reference`, each with its protocol.
+def judge(
+    images: Images, count: int, reference: Reference, *, seed: int = 0, guidance_scale: float | None = None,
+    nfe: float | None = None, k: int = 5, batch_size: int = 64, accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> dict[str, Figure]:
+    """FID, KID, precision, recall, density and coverage of the pictures of ids 0 … count - 1, with their protocols.
 
-    `seed`, `guidance_scale` and `nfe` say how `images` were made. Over several processes of `accelerator` each makes its share, and all get the figures.
+    They are held against `reference`. seed, guidance_scale, nfe: how `images` were made. Over several processes of
+    `accelerator` each makes its share, and all get the figures.
     """
     features = features_of(images, count, reference.extractor, batch_size, accelerator, progress)
-    values = {"FID": (frechet_distance(features, reference.moments), {}), "KID": (mmd(features, reference.features, "polynomial"), {"estimator": "unbiased, all pairs"})}
-    values |= {metric: (value, {"k": k}) for metric, value in density_coverage(reference.features, features, k).items()}
-    return {metric: Figure(value, reference.protocol(metric, count, seed, guidance_scale, **further), nfe) for metric, (value, further) in values.items()}
+    kid = mmd(features, reference.features, "polynomial")
+    values = {
+        "FID": (frechet_distance(features, reference.moments), {}),
+        "KID": (kid, {"estimator": "unbiased, all pairs"}),
+    }
+    neighbours = density_coverage(reference.features, features, k)
+    values |= {metric: (value, {"k": k}) for metric, value in neighbours.items()}
+    protocol = lambda metric, further: reference.protocol(metric, count, seed, guidance_scale, **further)
+    return {metric: Figure(value, protocol(metric, further), nfe) for metric, (value, further) in values.items()}

@@ -15,11 +15,11 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.wrappers import Guided, innermost
 from .adversary import Features, adversarial_loss_by_name, drift, judgement, pull
 from .base import Method, Networks, Turn, bare, check_guidance, weighted_error
-from .fakes import RealSamples, data_for, frozen, noised
+from .fakes import RealSamples, Waiting, data_for, frozen, judged_rightly, noised
 from ..rollins.states import States
 
 # %% auto #0
-__all__ = ['DISTILLATION_WEIGHTS', 'NOISE_FREE_FROM', 'TeacherTerm', 'AdversarialDistillation']
+__all__ = ['DISTILLATION_WEIGHTS', 'NOISE_FREE_FROM', 'TeacherTerm', 'Sight', 'Opposed', 'AdversarialDistillation', 'check_start']
 
 # %% ../../nbs/04_methods/10_add.ipynb #a2cfb209
 DISTILLATION_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of alpha and sigma
@@ -29,20 +29,27 @@ DISTILLATION_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of al
 }
 NOISE_FREE_FROM = 0.2  # the time from which on the negative condition stands for the sample, of Katzir et al. 2023
 
-
+# %% ../../nbs/04_methods/10_add.ipynb #085a3e3a
 class TeacherTerm:
     """Where one step of a teacher from samples that are noised anew would have them.
 
-    `weighting`: of DISTILLATION_WEIGHTS; `times`: the range of the noise, (0, 1] at most; `negative`: for "nfsd", gives the condition of what is not wanted, for as many samples as a condition has (None: the null condition).
-    Raises ValueError for an unknown weighting, times out of range, or guidance (or "nfsd") without a null condition.
+    weighting: of DISTILLATION_WEIGHTS; times: the range of the noise, within (0, 1]; negative: for "nfsd", gives the
+    condition of what is not wanted, for as many samples as a condition has (None: the null condition). Raises
+    ValueError for an unknown weighting, times out of range, or guidance (or "nfsd") without a null condition.
     """
 
-    def __init__(self, teacher: Denoiser, weighting: str = "exponential", times: tuple[float, float] = (0.001, 1.0), negative: Callable[[Cond], Cond] | None = None):
+    def __init__(
+        self, teacher: Denoiser, weighting: str = "exponential", times: tuple[float, float] = (0.001, 1.0),
+        negative: Callable[[Cond], Cond] | None = None,
+    ):
         if weighting not in DISTILLATION_WEIGHTS or not 0 < times[0] <= times[1] <= 1:
-            raise ValueError(f"weighting must be one of {', '.join(DISTILLATION_WEIGHTS)}, and times rise within (0, 1], not {weighting!r} and {times}")
+            raise ValueError(f"weighting must be one of {', '.join(DISTILLATION_WEIGHTS)}, and times rise within (0, "
+                             f"1], not {weighting!r} and {times}")
         self.teacher, self.weighting, self.times = check_guidance(teacher), weighting, times
         if weighting == "nfsd" and negative is None and not teacher.knows_null:
-            raise ValueError(f"'nfsd' asks the teacher under a negative condition, and {type(innermost(teacher)).__name__} knows not even the null condition: give `negative`, or choose 'sds'")
+            name = type(innermost(teacher)).__name__
+            raise ValueError(f"'nfsd' asks the teacher under a negative condition, and {name} "
+                             "knows not even the null condition: give `negative`, or choose 'sds'")
         self.negative = negative or teacher.null_condition
 
     @torch.no_grad()
@@ -56,80 +63,131 @@ class TeacherTerm:
             target = target + torch.where((t < NOISE_FREE_FROM).view(-1, *(1,) * (x.ndim - 1)), 0.0, shift)
         return target, DISTILLATION_WEIGHTS[self.weighting](alpha, sigma)
 
-# %% ../../nbs/04_methods/10_add.ipynb #7b6e5893
-class AdversarialDistillation(Method):
-    """A judge on frozen features and one step of the teacher (ADD, Sauer et al. 2023).
+# %% ../../nbs/04_methods/10_add.ipynb #d4061997
+class Sight:
+    """What a judge sees of samples: the `features` of the pixels that `decode` makes of them (None: they are pixels).
 
-    `features`: what the judge looks through; `discriminator`: the heads, see `heads_for`; `rate`: their learning rate over the student's. `distillation`: weight of the teacher's term (lambda; 0: a GAN).
-    `gamma`: weight of R1; `adversarial`: of ADVERSARIAL_LOSSES; `data`: for the judge where states know no clean data; `decode`: latents to pixels; `image`: what the heads are told of the clean image.
-    `weighting`, `times`, `negative`: see TeacherTerm. Logged: the terms, the norms of their gradients at the samples, contrast and saturation; for the judge R1 and the share judged rightly.
+    image: what the clean images are looked at with, if the judge is to be told (None: it is not).
+    Raises ValueError for features that are none.
     """
 
-    def __init__(self, teacher: Denoiser, features: Features, discriminator: nn.Module, *, weighting: str = "exponential", distillation: float = 2.5, times: tuple[float, float] = (0.001, 1.0),
-                 negative: Callable[[Cond], Cond] | None = None, adversarial: str = "hinge", gamma: float = 1e-5, rate: float = 1.0, data: RealSamples | None = None,
-                 decode: Callable[[Tensor], Tensor] | None = None, image: Features | None = None):
+    def __init__(
+        self, features: Features, decode: Callable[[Tensor], Tensor] | None = None, image: Features | None = None
+    ):
         if not hasattr(features, "features"):
-            raise ValueError(f"features must be a network to look through, such as DINOv2(folder) or LayerFeatures(network, layers), not {features!r}")
-        if min(distillation, gamma) < 0 or not rate > 0:
-            raise ValueError(f"distillation and gamma must be weights of at least 0 and rate positive, not {distillation}, {gamma} and {rate}")
-        self._term, self._loss = TeacherTerm(teacher, weighting, times, negative), adversarial_loss_by_name(adversarial)
-        self.weighting, self.low, self.high, self.adversarial = weighting, *times, adversarial
-        self.features, self.distillation, self.gamma, self.data, self.decode, self.image = features, distillation, gamma, data, decode or (lambda x: x), image
-        self.networks, self.asked, self.rates = {"discriminator": discriminator}, {"teacher": teacher}, {"discriminator": rate}
-        self._made: list[Tensor] = []  # the student's samples that the judge has yet to see, part by part
-        self._drawn = 0                # states of this update for which the judge has seen data
-
-    def describe(self) -> dict:
-        return {**super().describe(), "features": self.features.name, "rate of discriminator": self.rates["discriminator"]}
-
-    def turns(self, step: int) -> list[Turn]:
-        self._made.clear()
-        self._drawn = 0
-        return [Turn("student", partial(self.student_loss, step)), Turn("discriminator", partial(self.discriminator_loss, step))]
-
-    def blame(self, names: list[str]) -> str:
-        return "discriminator" if names[0] == "loss" and "adversary" in names and "contrast" not in names else super().blame(names)
-
-    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both terms as gradients at the student's samples, which then go through the student once."""
-        self._check(bare(networks["student"]), states, step)
-        sample = networks["student"](states.z, states.t, states.cond)
-        x = sample.detach().requires_grad_()
-        self._made.append(x.detach())
-        pixels, heads = self.decode(x), bare(networks["discriminator"])
-        with frozen(heads):
-            terms = {"adversary": self._loss.student(heads(self.features.features(pixels), states.cond, self._seen(states)))}
-        if self.distillation:
-            target, weight = self._term.target(x.detach(), states.cond)
-            terms["distillation"] = self.distillation * weighted_error(pixels, self._pixels(target), weight).mean()
-        gradients = {name: torch.autograd.grad(term, x, retain_graph=True)[0] for name, term in terms.items()}
-        loss, norms = pull(sample, gradients, sum(terms.values()).detach())
-        return loss, {**terms, **norms, **drift(x)}
-
-    def discriminator_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
-        """The judge learns from the samples of the student's turn, and as many of data."""
-        x, (real, cond), heads = self._made.pop(0), data_for(states, self.data, step, self._drawn), networks["discriminator"]
-        self._drawn += len(states)
-        with torch.no_grad():
-            looks = [self.features.features(self.decode(one)) for one in (real, x)]
-        conds = (cond, states.cond) if getattr(bare(heads), "condition", 0) else (None, None)
-        true, made, penalty = judgement(heads, *looks, conds, (self._seen(states),) * 2)
-        right = ((true > 0).float().mean() + (made < 0).float().mean()) / 2
-        return self._loss.judge(true, made) + self.gamma * penalty, {"R1": penalty, "right": right}
+            raise ValueError("features must be a network to look through, such as DINOv2(folder) or "
+                             f"LayerFeatures(network, layers), not {features!r}")
+        self.features, self.decode, self.image = features, decode or (lambda x: x), image
 
     @torch.no_grad()
-    def _pixels(self, x: Tensor) -> Tensor:
+    def pixels(self, x: Tensor) -> Tensor:
+        """The pixels of samples, without gradient."""
         return self.decode(x)
 
     @torch.no_grad()
-    def _seen(self, states: States) -> Tensor | None:
+    def looks(self, *batches: Tensor) -> list[list[Tensor]]:
+        """The features of each batch of samples, without gradient."""
+        return [self.features.features(self.decode(x)) for x in batches]
+
+    @torch.no_grad()
+    def clean(self, states: States) -> Tensor | None:
         """(n, width): what is seen in the clean images; zero where the state is noise."""
         if self.image is None or states.x is None:
             return None
         return self.image.features(self.decode(states.x))[-1].mean(1) * (states.t < 1)[:, None]
 
-    def _check(self, student: Denoiser, states: States, step: int) -> None:
-        if student.prediction == "eps" and student.schedule.alpha(1.0) == 0:
-            raise ValueError("at zero terminal signal the noise says nothing about the sample: a student that predicts 'eps' cannot start there; take one that predicts 'v' or 'x', or zero_terminal_snr=False")
-        if states.x is None and self.data is None:
-            data_for(states, None, step)  # says what is missing, before anything is computed
+# %% ../../nbs/04_methods/10_add.ipynb #cfcc84d0
+class Opposed(Method):
+    """A method with an opponent: a `discriminator` (heads, see `heads_for`) on what it sees, and the turn it learns in.
+
+    gamma: weight of R1; rate: the heads' learning rate over the student's; adversarial: of ADVERSARIAL_LOSSES; data:
+    for the judge, where states know none. Raises ValueError for settings out of range.
+    """
+
+    def __init__(
+        self, sight: Sight, discriminator: nn.Module, adversarial: str, gamma: float, rate: float,
+        data: RealSamples | None,
+    ):
+        if gamma < 0 or not rate > 0:
+            raise ValueError(f"gamma must be a weight of at least 0 and rate positive, not {gamma} and {rate}")
+        self.sight, self.adversarial, self.gamma = sight, adversarial, gamma
+        self._loss, self._waiting = adversarial_loss_by_name(adversarial), Waiting(data)
+        self.networks, self.rates = {"discriminator": discriminator}, {"discriminator": rate}
+
+    def discriminator_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        """The judge learns from the samples of the student's turn, and as many of data."""
+        x, (real, cond), heads = self._waiting.next(), self._waiting.compared(states, step), networks["discriminator"]
+        conds = (cond, states.cond) if getattr(bare(heads), "condition", 0) else (None, None)
+        clean = self.sight.clean(states)
+        true, made, penalty = judgement(heads, *self.sight.looks(real, x), conds, (clean, clean))
+        logs = {"R1": penalty, "right": judged_rightly(true, made)}
+        return self._loss.judge(true, made) + self.gamma * penalty, logs
+
+    def persuasion(self, heads: nn.Module, pixels: Tensor, states: States) -> Tensor:
+        """What the student minimises to be taken for data; the heads get no gradient."""
+        with frozen(heads):
+            features = self.sight.features.features(pixels)
+            return self._loss.student(heads(features, states.cond, self.sight.clean(states)))
+
+    def blame(self, names: list[str]) -> str:
+        """The judge where the loss is not finite, but its own term is the first thing logged."""
+        judge = names[0] == "loss" and "adversary" in names and "contrast" not in names
+        return "discriminator" if judge else super().blame(names)
+
+    def describe(self) -> dict:
+        rate = self.rates["discriminator"]
+        return {**super().describe(), "features": self.sight.features.name, "rate of discriminator": rate}
+
+# %% ../../nbs/04_methods/10_add.ipynb #7b6e5893
+class AdversarialDistillation(Opposed):
+    """A judge on frozen features and one step of the teacher (ADD, Sauer et al. 2023).
+
+    features, decode, image: see Sight. distillation: weight of the teacher's term (lambda; 0: a GAN). discriminator,
+    adversarial, gamma, rate, data: see Opposed. weighting, times, negative: see TeacherTerm. Logged: the terms, the
+    norms of their gradients at the samples, and `drift`; for the judge R1 and how often it is right.
+    """
+
+    def __init__(
+        self, teacher: Denoiser, features: Features, discriminator: nn.Module, *, weighting: str = "exponential",
+        distillation: float = 2.5, times: tuple[float, float] = (0.001, 1.0),
+        negative: Callable[[Cond], Cond] | None = None, adversarial: str = "hinge", gamma: float = 1e-5,
+        rate: float = 1.0, data: RealSamples | None = None, decode: Callable[[Tensor], Tensor] | None = None,
+        image: Features | None = None,
+    ):
+        super().__init__(Sight(features, decode, image), discriminator, adversarial, gamma, rate, data)
+        if distillation < 0:
+            raise ValueError(f"distillation must be a weight of at least 0, not {distillation}")
+        self._term, self.asked = TeacherTerm(teacher, weighting, times, negative), {"teacher": teacher}
+        self.weighting, (self.low, self.high), self.distillation = weighting, times, distillation
+
+    def turns(self, step: int) -> list[Turn]:
+        self._waiting.clear()
+        losses = {"student": self.student_loss, "discriminator": self.discriminator_loss}
+        return [Turn(name, partial(loss, step)) for name, loss in losses.items()]
+
+    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both terms as gradients at the student's samples, which then go through the student once."""
+        check_start(bare(networks["student"]), states, self._waiting.data)
+        sample = networks["student"](states.z, states.t, states.cond)
+        x = sample.detach().requires_grad_()
+        self._waiting.add(x.detach())
+        pixels, terms = self.sight.decode(x), {}
+        terms["adversary"] = self.persuasion(bare(networks["discriminator"]), pixels, states)
+        if self.distillation:
+            target, weight = self._term.target(x.detach(), states.cond)
+            terms["distillation"] = self.distillation * weighted_error(pixels, self.sight.pixels(target), weight).mean()
+        gradients = {name: torch.autograd.grad(term, x, retain_graph=True)[0] for name, term in terms.items()}
+        loss, norms = pull(sample, gradients, sum(terms.values()).detach())
+        return loss, {**terms, **norms, **drift(x)}
+
+# %% ../../nbs/04_methods/10_add.ipynb #71557702
+def check_start(student: Denoiser, states: States, data: RealSamples | None) -> None:
+    """Raise ValueError for a student or states that the method cannot begin with, before anything is computed.
+
+    A student that predicts the noise has no estimate where there is nothing else; the judge needs data.
+    """
+    if student.prediction == "eps" and student.schedule.alpha(1.0) == 0:
+        raise ValueError("at zero terminal signal the noise says nothing about the sample: a student that predicts "
+                         "'eps' cannot start there; take one that predicts 'v' or 'x', or zero_terminal_snr=False")
+    if states.x is None and data is None:
+        data_for(states, None, 0)  # says what is missing

@@ -18,24 +18,32 @@ from torch.nn.functional import interpolate, leaky_relu, linear, normalize, relu
 from ..diffusion.denoiser import Cond, cat_cond, split_inputs
 
 # %% auto #0
-__all__ = ['ADVERSARIAL_LOSSES', 'AdversarialLoss', 'adversarial_loss_by_name', 'pull', 'drift', 'Features', 'LayerFeatures',
-           'DINOv2', 'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'heads_for', 'judgement']
+__all__ = ['ADVERSARIAL_LOSSES', 'AdversarialLoss', 'adversarial_loss_by_name', 'pull', 'drift', 'Features', 'by_position',
+           'LayerFeatures', 'DINOv2', 'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'heads_for',
+           'judgement']
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #760d1644
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """`judge(real, made)`: what a judge minimises, of its logits for data and for samples of the student; `student(made)`: what the student minimises. Means over all logits, of any shape."""
+    """What a judge minimises, `judge(data, made)`, and what the student minimises, `student(made)`.
+
+    data, made: logits, of any shape, for data and for samples of the student; losses are means over all of them.
+    """
 
     judge: Callable[[Tensor, Tensor], Tensor]
     student: Callable[[Tensor], Tensor]
 
 
 ADVERSARIAL_LOSSES = {
-    "softplus": AdversarialLoss(lambda real, made: softplus(-real).mean() + softplus(made).mean(), lambda made: softplus(-made).mean()),
-    "hinge": AdversarialLoss(lambda real, made: relu(1 - real).mean() + relu(1 + made).mean(), lambda made: -made.mean()),
+    "softplus": AdversarialLoss(
+        lambda data, made: softplus(-data).mean() + softplus(made).mean(), lambda made: softplus(-made).mean()
+    ),
+    "hinge": AdversarialLoss(
+        lambda data, made: relu(1 - data).mean() + relu(1 + made).mean(), lambda made: -made.mean()
+    ),
 }
 
-
+# %% ../../nbs/04_methods/07_adversary.ipynb #ce54a2ab
 def adversarial_loss_by_name(name: str) -> AdversarialLoss:
     """The loss of that name. Raises ValueError naming the known ones."""
     if name not in ADVERSARIAL_LOSSES:
@@ -44,17 +52,21 @@ def adversarial_loss_by_name(name: str) -> AdversarialLoss:
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #5af01b8c
 def pull(x_hat: Tensor, gradients: dict[str, Tensor], value: Tensor | float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss whose gradient at `x_hat` is the sum of `gradients` (each shaped like it) and whose value is `value`; and for each term, to log, the norm of its gradient at a sample.
+    """A loss of this `value` whose gradient at `x_hat` is the sum of `gradients`, each shaped like it.
 
-    Terms are means over samples; the norms logged are those of each sample's own term, averaged, so that they do not depend on the size of the batch.
+    To log: for each term the norm of its gradient at a sample. Terms are means over samples; the norms are those of
+    each sample's own term, averaged, so that they do not depend on the size of the batch.
     """
     along = (x_hat * sum(gradients.values()).detach()).sum()
-    norms = {f"gradient of {name}": gradient.detach().flatten(1).norm(dim=1).sum() for name, gradient in gradients.items()}
-    return along - along.detach() + value, norms
+    norm = lambda gradient: gradient.detach().flatten(1).norm(dim=1).sum()
+    return along - along.detach() + value, {f"gradient of {name}": norm(term) for name, term in gradients.items()}
 
 
 def drift(x: Tensor) -> dict[str, Tensor]:
-    """What tells early that samples go astray, to log: their contrast (the standard deviation within one) and saturation (the share of elements beyond [-1, 1])."""
+    """What tells early that samples (n, …) go astray, to log.
+
+    Their contrast (the standard deviation within one) and saturation (the share of elements beyond [-1, 1]).
+    """
     x = x.detach()
     return {"contrast": x.flatten(1).std(1, correction=0).mean(), "saturation": (x.abs() > 1).float().mean()}
 
@@ -69,81 +81,112 @@ class Features(Protocol):
         ...
 
 
-class LayerFeatures:
-    """What `layers` (names within it) of a frozen copy of `network` say, in evaluation mode: (n, channels), (n, channels, height, width) or (n, positions, channels) each.
+def by_position(activation: Tensor) -> Tensor:
+    """(n, positions, channels) from (n, channels), (n, channels, height, width), or what is of that form already."""
+    if activation.ndim == 2:
+        return activation[:, None]
+    return activation.flatten(2).mT if activation.ndim == 4 else activation
 
-    Raises ValueError, naming the layers, for one that is not there.
+# %% ../../nbs/04_methods/07_adversary.ipynb #19b81703
+class LayerFeatures:
+    """What `layers` (names within it) of a frozen copy of `network` say, in evaluation mode.
+
+    Raises ValueError, naming the layers, for one that is not there, and if none is named.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], name: str | None = None):
-        parts = dict(network.named_modules())
-        if not layers or (unknown := [layer for layer in layers if layer not in parts]):
-            raise ValueError(f"{type(network).__name__} has no layer {', '.join(map(repr, unknown)) if layers else 'when none is named'}; it has {', '.join(filter(None, parts))}")
+        known = dict(network.named_modules())
+        unknown = ", ".join(repr(layer) for layer in layers if layer not in known)
+        if unknown or not layers:
+            raise ValueError(f"{type(network).__name__} has no layer {unknown or 'when none is named'}; "
+                             f"it has {', '.join(filter(None, known))}")
         self.network, self.layers = copy.deepcopy(network).eval().requires_grad_(False), tuple(layers)
         self.name = f"{name or type(network).__name__} at {', '.join(layers)}"
 
     def features(self, x: Tensor) -> list[Tensor]:
         heard: dict[str, Tensor] = {}
-        listen = lambda layer: self.network.get_submodule(layer).register_forward_hook(lambda module, arguments, output: heard.__setitem__(layer, output))
-        handles = [listen(layer) for layer in self.layers]
+        handles = []
+        for layer in self.layers:
+            note = lambda module, arguments, output, layer=layer: heard.__setitem__(layer, output)
+            handles.append(self.network.get_submodule(layer).register_forward_hook(note))
         try:
             self.network(x)
         finally:
             for handle in handles:
                 handle.remove()
-        return [_by_position(heard[layer]) for layer in self.layers]
-
-
-def _by_position(activation: Tensor) -> Tensor:
-    return activation[:, None] if activation.ndim == 2 else activation.flatten(2).mT if activation.ndim == 4 else activation
+        return [by_position(heard[layer]) for layer in self.layers]
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #77c9405f
 class DINOv2:
-    """DINOv2's patches after some of its `blocks` (0 is the first; default: four, evenly down to the last), for images (n, 1 or 3, height, width) in [-1, 1], by transformers.
+    """DINOv2's patches after some of its `blocks`, for images (n, 1 or 3, height, width) in [-1, 1], by transformers.
 
-    `path`: a folder, or a hub id with its `revision`; safetensors only. `size`: the side that images are resized to (default: their own, rounded up to whole patches).
-    Raises FileNotFoundError if the weights are not there, ValueError for another model, missing weights, or a block that it does not have.
+    path: a folder, or a hub id with its `revision`; safetensors only. blocks: 0 is the first (default: four, evenly
+    down to the last). size: the side that images are resized to (default: their own, rounded up to whole patches).
+    Raises FileNotFoundError if the weights are not there, ValueError for another model, missing weights or blocks.
     """
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
-    def __init__(self, path: str | Path, revision: str | None = None, blocks: Sequence[int] | None = None, size: int | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self, path: str | Path, revision: str | None = None, blocks: Sequence[int] | None = None,
+        size: int | None = None, device: str | torch.device = "cpu",
+    ):
         self.network = _dinov2(path, revision).to(device).eval().requires_grad_(False)
-        depth, self.patch = self.network.config.num_hidden_layers, self.network.config.patch_size
-        self.blocks = tuple(blocks) if blocks is not None else tuple(sorted({depth * k // 4 - 1 for k in range(1, 5) if depth * k >= 4}))
-        if not self.blocks or not all(0 <= block < depth for block in self.blocks) or (size is not None and (size < self.patch or size % self.patch)):
-            raise ValueError(f"this DINOv2 has the blocks 0 … {depth - 1} and patches of {self.patch} pixels: blocks cannot be {self.blocks} with size {size}")
-        self.size, self.name = size, f"DINOv2 {Path(path).name}, blocks {', '.join(map(str, self.blocks))}, size {size or 'of the images'}"
-        self._mean, self._std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.MEAN, self.STD))
+        self.patch, depth = self.network.config.patch_size, self.network.config.num_hidden_layers
+        self.blocks, self.size = _checked_blocks(blocks, depth), _checked_size(size, self.patch)
+        shown = ", ".join(map(str, self.blocks))
+        self.name = f"DINOv2 {Path(path).name}, blocks {shown}, size {size or 'of the images'}"
+        self._mean, self._std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.MEAN, self.STD))
 
     def features(self, x: Tensor) -> list[Tensor]:
         states = self.network(self.prepared(x), output_hidden_states=True).hidden_states
         return [states[block + 1][:, 1:] for block in self.blocks]  # without the class token
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Images as the network wants them."""
+        """(n, 3, height, width): images as the network wants them, in whole patches, with ImageNet's normalisation."""
         sides = [self.size or -(-side // self.patch) * self.patch for side in x.shape[2:]]
-        seen = x.float().expand(-1, 3, -1, -1)
-        seen = seen if list(x.shape[2:]) == sides else interpolate(seen, sides, mode="bicubic", antialias=True)
-        return (seen / 2 + 0.5 - self._mean) / self._std
+        x = x.float().expand(-1, 3, -1, -1)
+        if list(x.shape[2:]) != sides:
+            x = interpolate(x, sides, mode="bicubic", antialias=True)
+        return (x / 2 + 0.5 - self._mean) / self._std
+
+# %% ../../nbs/04_methods/07_adversary.ipynb #98846e7f
+def _checked_blocks(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The blocks of a network of `depth`, or four of them. Raises ValueError for blocks that it does not have."""
+    if blocks is None:
+        return tuple(sorted({depth * k // 4 - 1 for k in range(1, 5) if depth * k >= 4}))
+    if not blocks or not all(0 <= block < depth for block in blocks):
+        raise ValueError(f"this DINOv2 has the blocks 0 … {depth - 1}, and blocks cannot be {tuple(blocks)}")
+    return tuple(blocks)
+
+
+def _checked_size(size: int | None, patch: int) -> int | None:
+    """The size. Raises ValueError for one that is not a number of whole patches."""
+    if size is not None and (size < patch or size % patch):
+        raise ValueError(f"this DINOv2 has patches of {patch} pixels, and {size} pixels are no number of whole ones")
+    return size
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #ae295b4f
 def _dinov2(path: str | Path, revision: str | None) -> nn.Module:
+    """The network, whole. Raises FileNotFoundError and ValueError as DINOv2 says."""
     from transformers import AutoConfig, Dinov2Model
 
     local = Path(path).is_dir()
     if not local and revision is None:
-        raise FileNotFoundError(f"feature weights are missing: there is no folder {path}; put DINOv2 there (config.json, model.safetensors), or name a hub id with its revision")
+        raise FileNotFoundError(f"feature weights are missing: there is no folder {path}; put DINOv2 there "
+                                "(config.json, model.safetensors), or name a hub id with its revision")
     source = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
     try:
         kind = AutoConfig.from_pretrained(path, **source).model_type
         if kind != "dinov2":
             raise ValueError(f"{path} is a {kind} and not a dinov2")
-        network, found = Dinov2Model.from_pretrained(path, use_safetensors=True, output_loading_info=True, **source)
+        network, info = Dinov2Model.from_pretrained(path, use_safetensors=True, output_loading_info=True, **source)
     except OSError as error:
-        raise FileNotFoundError(f"feature weights are missing: {path} (revision {revision}) cannot be read; it needs config.json and model.safetensors: {str(error).splitlines()[0]}") from error
-    if found["missing_keys"] or found["mismatched_keys"]:
-        raise ValueError(f"{path} lacks weights, among them {sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']]))[0]}: copy the whole model")
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"feature weights are missing: {path} (revision {revision}) cannot be read; "
+                                f"it needs config.json and model.safetensors: {reason}") from error
+    if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"{path} lacks weights, among them {min(map(str, missing))}: copy the whole model")
     return network
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #a627dff5
@@ -167,48 +210,62 @@ class Bounded(nn.Linear):
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #68931092
 class ProjectionHead(nn.Module):
-    """One number for each sample, from activations (n, positions, channels); `conditions`: the widths of the vectors, by name, that it may be told."""
+    """One number for each sample, from activations (n, positions, channels).
+
+    conditions: the widths of the vectors, by name, that it may be told; those of width 0 are left out.
+    """
 
     def __init__(self, channels: int, width: int = 64, conditions: dict[str, int] | None = None):
         super().__init__()
         self.into, self.mix, self.last = Bounded(channels, width), Bounded(width, width), Bounded(width, 1)
-        self.projections = nn.ModuleDict({name: Bounded(size, width, bias=False) for name, size in (conditions or {}).items() if size})
+        known = {name: size for name, size in (conditions or {}).items() if size}
+        self.projections = nn.ModuleDict({name: Bounded(size, width, bias=False) for name, size in known.items()})
 
-    def forward(self, activation: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """(n,): the logits; `told`: (n, …) vectors for the conditions it has been made for."""
+    def forward(self, activation: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """(n,): the logits; conditions: (n, …) vectors, those that it has been made for."""
         hidden = leaky_relu(self.into(activation), 0.2)
         phi = (hidden + leaky_relu(self.mix(hidden), 0.2)).mean(1)
-        return self.last(phi)[:, 0] + sum((projection(told[name].to(phi.dtype)) * phi).sum(1) for name, projection in self.projections.items())
+        agreement = lambda name, layer: (layer(conditions[name].to(phi.dtype)) * phi).sum(1)
+        return self.last(phi)[:, 0] + sum(agreement(name, layer) for name, layer in self.projections.items())
 
-
+# %% ../../nbs/04_methods/07_adversary.ipynb #cd179b97
 class Heads(nn.Module):
     """A judge: one head for each depth of some features.
 
-    channels: those of the depths; width: of the heads; condition: the number of labels, the null label included, or the width of pooled text (0: none); image: the width of what is seen in the clean image (0: none).
+    channels: those of the depths; width: of the heads; condition: the number of labels, the null label included, or the
+    width of pooled text (0: none); image: the width of what is seen in the clean image (0: none).
     """
 
     def __init__(self, channels: Sequence[int], width: int = 64, condition: int = 0, image: int = 0):
         super().__init__()
-        self.condition, self.image = condition, image
-        self.heads = nn.ModuleList(ProjectionHead(size, width, {"condition": condition, "image": image}) for size in channels)
+        self.condition, self.image, widths = condition, image, {"condition": condition, "image": image}
+        self.heads = nn.ModuleList(ProjectionHead(size, width, widths) for size in channels)
 
     def forward(self, features: list[Tensor], cond: Cond = None, image: Tensor | None = None) -> Tensor:
-        """(n, depths): the logits. `cond`: labels, (n, tokens, width) text, or SDXL's dictionary; `image`: (n, width), or None for unknown. Raises ValueError if a condition is missing."""
-        told = {}
+        """(n, depths): the logits. Raises ValueError if a condition is missing.
+
+        cond: labels, (n, tokens, width) text, or SDXL's dictionary; image: (n, width), or None for unknown.
+        """
+        conditions = {}
         if self.condition:
-            told["condition"] = pooled(cond, self.condition)
+            conditions["condition"] = pooled(cond, self.condition)
         if self.image:
-            told["image"] = features[0].new_zeros(len(features[0]), self.image) if image is None else image
-        return torch.stack([head(feature, told) for head, feature in zip(self.heads, features, strict=True)], dim=1)
+            conditions["image"] = features[0].new_zeros(len(features[0]), self.image) if image is None else image
+        pairs = zip(self.heads, features, strict=True)
+        return torch.stack([head(feature, conditions) for head, feature in pairs], dim=1)
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #49d7224f
 def pooled(cond: Cond, width: int) -> Tensor:
-    """(n, width): a condition as one vector for each sample: labels as unit vectors, the pooled embedding of a text where there is one, else the mean over its tokens."""
+    """(n, width): a condition as one vector for each sample. Raises ValueError for none, or one of another width.
+
+    Labels become unit vectors; of a text it is the pooled embedding, where there is one, else the mean over its tokens.
+    """
     plain = split_inputs(cond)[0]
     if isinstance(plain, dict):
         plain = plain["text_embeds"] if "text_embeds" in plain else plain["embeddings"]
     if plain is None:
-        raise ValueError(f"this judge is told a condition of width {width}, and the states have none: make it with condition=0, or take states with conditions")
+        raise ValueError(f"this judge is told a condition of width {width}, and the states have none: "
+                         "make it with condition=0, or take states with conditions")
     if not plain.is_floating_point():
         return (plain[:, None] == torch.arange(width, device=plain.device)).float()
     vector = plain.mean(1) if plain.ndim == 3 else plain
@@ -217,19 +274,28 @@ def pooled(cond: Cond, width: int) -> Tensor:
     return vector
 
 
-def heads_for(features: Features, x: Tensor, width: int = 64, condition: int = 0, image: Features | None = None) -> Heads:
-    """Heads that fit what `features` see in samples such as `x`; `image`: what the clean image is looked at with, if the heads are to be told."""
+def heads_for(
+    features: Features, x: Tensor, width: int = 64, condition: int = 0, image: Features | None = None
+) -> Heads:
+    """Heads that fit what `features` see in samples such as `x`, and what `image` sees in the clean ones (None:
+    nothing)."""
     with torch.no_grad():
         channels = [depth.shape[2] for depth in features.features(x[:1])]
         seen = 0 if image is None else image.features(x[:1])[-1].shape[2]
     return Heads(channels, width, condition, seen).to(x.device)
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #3cae56d3
-def judgement(heads: nn.Module, real: list[Tensor], made: list[Tensor], conds: tuple[Cond, Cond] = (None, None), images: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of features of data and of made samples, (n, depths) each, and R1: the mean over the data of the squared gradient of a sample's summed logits by its features."""
-    real = [feature.detach().requires_grad_() for feature in real]
+def judgement(
+    heads: nn.Module, data: list[Tensor], made: list[Tensor], conds: tuple[Cond, Cond] = (None, None),
+    images: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits, (n, depths) each, of features of data and of made samples, and R1.
+
+    R1 is the mean over the data of the squared gradient of a sample's summed logits by its features.
+    """
+    n, data = len(data[0]), [feature.detach().requires_grad_() for feature in data]
     cond = None if conds[0] is None else cat_cond(list(conds))
     image = None if images[0] is None else torch.cat(images)
-    said = heads([torch.cat([one, other.detach()]) for one, other in zip(real, made)], cond, image)
-    slopes = torch.autograd.grad(said[: len(real[0])].sum(), real, create_graph=True)
-    return said[: len(real[0])], said[len(real[0]) :], sum(slope.square().sum() for slope in slopes) / len(real[0])
+    logits = heads([torch.cat([one, other.detach()]) for one, other in zip(data, made)], cond, image)
+    slopes = torch.autograd.grad(logits[:n].sum(), data, create_graph=True)
+    return logits[:n], logits[n:], sum(slope.square().sum() for slope in slopes) / n

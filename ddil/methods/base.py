@@ -18,8 +18,8 @@ from ..rollins.states import States
 from ..solvers import ddim_update
 
 # %% auto #0
-__all__ = ['Networks', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'Turn', 'Method', 'weighting_by_name', 'weighted_error',
-           'distance_between', 'check_distance', 'bare', 'jump', 'check_guidance', 'Denoising']
+__all__ = ['Networks', 'Loss', 'WEIGHTINGS', 'DISTANCES', 'Distance', 'Turn', 'plain_values', 'Method', 'weighting_by_name',
+           'weighted_error', 'distance_between', 'check_distance', 'bare', 'jump', 'check_guidance', 'Denoising']
 
 # %% ../../nbs/04_methods/01_base.ipynb #42b0689b
 Networks = dict[str, nn.Module]
@@ -28,18 +28,29 @@ Loss = Callable[[Networks, States], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser step within an update: the network that learns ("student" or one of the method's networks), and the loss it learns from,
-    a function of all networks (as the trainer has prepared them for its devices) and of the states."""
+    """One optimiser step within an update.
+
+    network: the one that learns, "student" or one of the method's own; loss: what it learns from, a function of all
+    networks (as the trainer has prepared them for its devices) and of the states.
+    """
 
     network: str
     loss: Loss
+
+# %% ../../nbs/04_methods/01_base.ipynb #03e30481
+def plain_values(thing: object) -> dict[str, str | int | float | bool]:
+    """The attributes of an object that are plain values and public: its settings."""
+    public = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
+    return {key: value for key, value in public.items() if isinstance(value, (str, int, float, bool))}
 
 # %% ../../nbs/04_methods/01_base.ipynb #69601544
 class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
-    `networks`: other networks that learn, by name; the trainer gives each an optimiser and saves both. `rates`: their learning rates over the student's (1 if not named).
-    `followers`: decays of networks that follow the student, by name; the trainer makes, moves and saves them, and hands them to the losses. `asked`: denoisers that are asked but do not learn, by name; their evaluations are counted.
+    networks: others that learn, by name; the trainer gives each an optimiser and saves both. rates: their learning
+    rates over the student's (1 if not named). followers: decays of networks that follow the student, by name; the
+    trainer makes, moves and saves them, and hands them to the losses. asked: denoisers that are asked and do not learn,
+    by name; their evaluations are counted.
     """
 
     networks: Networks = {}
@@ -48,7 +59,7 @@ class Method:
     asked: dict[str, Denoiser] = {}
 
     def loss(self, student: nn.Module, states: States, **followers: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        """A scalar to minimise, and scalars to log (tensors: reading them would stall the device)."""
+        """A scalar to minimise, and scalars to log (as tensors: reading them would stall the device)."""
         raise NotImplementedError
 
     def turns(self, step: int) -> list[Turn]:
@@ -57,21 +68,20 @@ class Method:
         return [Turn("student", lambda networks, states: self.loss(networks["student"], states, **followers(networks)))]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this process remembers between updates beside networks and followers, as tensors; the trainer saves it."""
+        """What this process remembers between updates, beside networks and followers; the trainer saves it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what was remembered."""
 
     def blame(self, names: list[str]) -> str:
-        """The network that diverged, when these logged numbers, in their order, are the first that are not finite: the one whose turn it was."""
+        """The network that diverged: the one whose turn it was when these logged numbers were the first not finite."""
         return next((network for network in self.networks if names[0].startswith(f"{network} ")), "student")
 
     def describe(self) -> dict:
-        """What a checkpoint must agree on: the name and the settings that are plain values."""
-        plain = {key: value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool)) and not key.startswith("_")}
+        """What a checkpoint must agree on: the name, the settings that are plain values, the decays of followers."""
         decays = {f"decay of {name}": decay for name, decay in self.followers.items()}
-        return {"method": type(self).__name__, **plain, **decays}
+        return {"method": type(self).__name__, **plain_values(self), **decays}
 
 # %% ../../nbs/04_methods/01_base.ipynb #30e3c7b8
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,7 +130,8 @@ def distance_between(distance: Distance, one: Tensor, other: Tensor) -> Tensor:
 def check_distance(distance: Distance) -> Distance:
     """The distance, if there is one of that name. Raises ValueError naming the known ones."""
     if isinstance(distance, str) and distance not in DISTANCES:
-        raise ValueError(f"unknown distance {distance!r}; known are {', '.join(DISTANCES)}, or a function of two batches")
+        known = ", ".join(DISTANCES)
+        raise ValueError(f"unknown distance {distance!r}; known are {known}, or a function of two batches")
     return distance
 
 # %% ../../nbs/04_methods/01_base.ipynb #83519779
@@ -130,10 +141,11 @@ def bare(student: nn.Module) -> Denoiser:
 
 
 def jump(student: nn.Module, z: Tensor, t: Time, s: Time, cond: Cond = None) -> Tensor:
-    """Where one step of the student from (z, t) arrives at s."""
+    """(n, …): where one step of the student from (z, t) arrives at s."""
     inner = bare(student)
     if "end" in inner.inputs:
-        cond = with_inputs(cond, end=s if isinstance(s, Tensor) else torch.full((len(z),), s, dtype=torch.float64, device=z.device))
+        end = s if isinstance(s, Tensor) else torch.full((len(z),), s, dtype=torch.float64, device=z.device)
+        cond = with_inputs(cond, end=end)
     return ddim_update(inner, z, student(z, t, cond), t, s)
 
 # %% ../../nbs/04_methods/01_base.ipynb #6565d68f
@@ -143,14 +155,19 @@ def check_guidance(denoiser: Denoiser) -> Denoiser:
     while isinstance(outer, Wrapper):
         if isinstance(outer, Guided) and outer.guidance_scale != 1 and not outer.knows_null:
             scale = "each sample's own scale" if outer.guidance_scale is None else f"{outer.guidance_scale:g}"
-            raise ValueError(f"the teacher is to be guided at {scale}, but {type(innermost(denoiser)).__name__} "
-                             "knows no null condition: take one that was trained with condition dropout, or guide at 1")
+            raise ValueError(
+                f"the teacher is to be guided at {scale}, but {type(innermost(denoiser)).__name__} knows "
+                "no null condition: take one that was trained with condition dropout, or guide at 1"
+            )
         outer = outer.denoiser
     return denoiser
 
 # %% ../../nbs/04_methods/01_base.ipynb #efb40992
 class Denoising(Method):
-    """Regression on the clean data of forward states (Ho et al. 2020; the v-loss with "snr_plus_one", Salimans & Ho 2022)."""
+    """Regression on the clean data of forward states (Ho et al. 2020).
+
+    With "snr_plus_one" it is the v-loss (Salimans & Ho 2022). Raises ValueError for states without data.
+    """
 
     def __init__(self, weighting: str = "snr_plus_one"):
         self.weighting = weighting
@@ -158,7 +175,9 @@ class Denoising(Method):
 
     def loss(self, student: nn.Module, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         if states.x is None:
-            raise ValueError("denoising needs the clean data of its states: use the roll-in Forward, not states from a walk")
+            raise ValueError(
+                "denoising needs the clean data of its states: use the roll-in Forward, not states from a walk"
+            )
         x_hat = student(states.z, states.t, states.cond)
         weight = self._weight(bare(student).schedule.log_snr(states.t))
         return weighted_error(x_hat, states.x, weight).mean(), {}

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.denoiser import Cond, Denoiser, readable
-from .base import Distance, Method, Turn, bare, check_distance, distance_between, jump
+from .base import Distance, Method, Networks, Turn, bare, check_distance, distance_between, jump
 from ..diffusion.grids import check_grid
 from ..diffusion.schedule import Schedule
 from ..solvers import ddim_update
@@ -21,11 +23,15 @@ from ..rollins.states import States
 from ..rollins.teacher import Teacher
 
 # %% auto #0
-__all__ = ['Edges', 'Anywhere', 'Consistency', 'jump_to', 'ConsistencyTraining', 'curriculum', 'BiDirectional']
+__all__ = ['Edges', 'Anywhere', 'Consistency', 'jump_to', 'ConsistencyTraining', 'curriculum', 'RoundTrip', 'BiDirectional']
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #058af9c9
 class Edges:
-    """The next of the falling times `edges` at or below u: [1, 0] for one segment that ends at 0, four segments for a student of four steps."""
+    """The next of the falling times `edges` at or below u: [1, 0] for one segment that ends at 0.
+
+    Four segments make a student of four steps. A call raises ValueError if a teacher's step crosses an edge (on the
+    CPU; elsewhere looking would stall the device).
+    """
 
     def __init__(self, edges: Tensor | Sequence[float]):
         self.edges = check_grid(torch.as_tensor(edges, dtype=torch.float64))
@@ -34,17 +40,21 @@ class Edges:
         return f"edges {self.edges.tolist()}"
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
-        """(n,): the ends of the jumps from states at t whose teacher arrives at u. Raises ValueError if a teacher's step crosses an edge (on the CPU; elsewhere looking would stall the device)."""
+        """(n,): the ends of the jumps from states at t whose teacher arrives at u."""
         rising = -self.edges.to(t.device)
-        place = torch.searchsorted(rising, -u).clamp(max=len(rising) - 1)
-        end = -rising[place]
-        if readable(t) and (bool((end > u).any()) or bool((torch.searchsorted(rising, -t, right=True) != torch.searchsorted(rising, -u)).any())):
-            raise ValueError(f"a step of the teacher crosses one of the edges {self.edges.tolist()}, or goes below the last: let the edges be nodes of its grid")
+        place = torch.searchsorted(rising, -u)
+        end = -rising[place.clamp(max=len(rising) - 1)]
+        if readable(t):
+            crosses = torch.searchsorted(rising, -t, right=True) != place
+            if bool((end > u).any()) or bool(crosses.any()):
+                raise ValueError(f"a step of the teacher crosses one of the edges {self.edges.tolist()}, "
+                                 "or goes below the last: let the edges be nodes of its grid")
         return end
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #4a18bbe3
 class Anywhere:
-    """A node of `grid` at or below u, drawn uniformly (drawn by torch's generator, which the trainer seeds for every update)."""
+    """A node of `grid` at or below u, drawn uniformly by torch's generator (which the trainer seeds for every update).
+    """
 
     def __init__(self, grid: Tensor):
         self.grid = check_grid(grid)
@@ -61,12 +71,16 @@ class Anywhere:
 class Consistency(Method):
     """The student's jump from (z, t) must arrive where the target network's jump from the teacher's next state does.
 
-    `destination`: `Edges` or `Anywhere`; `target`: the decay of the average of the student that is jumped with, or None for the student itself without gradient.
-    Without a `teacher` (None) a subclass says what the later point is.
-    Song et al. 2023 (one edge at the end, decay 0.95); with skipping steps and "huber" LCM (Luo et al. 2023); with edges Heek et al. 2024; Anywhere Zheng et al. 2024.
+    destination: `Edges` or `Anywhere`; target: the decay of the average of the student that is jumped with, or None for
+    the student itself without gradient. Without a `teacher` (None) a subclass says what the later point is.
+    Song et al. 2023 (one edge at the end, decay 0.95); with skipping steps and "huber" LCM (Luo et al. 2023); with more
+    edges Heek et al. 2024; `Anywhere` Zheng et al. 2024.
     """
 
-    def __init__(self, teacher: Teacher | None, destination: Edges | Anywhere, target: float | None = None, distance: Distance = "huber"):
+    def __init__(
+        self, teacher: Teacher | None, destination: Edges | Anywhere, target: float | None = None,
+        distance: Distance = "huber",
+    ):
         self.teacher, self.destination, self.distance = teacher, destination, check_distance(distance)
         self.followers = {} if target is None else {"target": target}
         self.asked = {} if teacher is None else {"teacher": teacher.denoiser}
@@ -76,16 +90,19 @@ class Consistency(Method):
         """(n, …): the later point of the same path, at states.s."""
         return self.teacher.label(states)
 
-    def loss(self, student: nn.Module, states: States, target: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, student: nn.Module, states: States, target: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         later, end = self.step(states), self.destination(states.t, states.s)
         with torch.no_grad():
             goal = jump_to(bare(student) if target is None else target, later, states.s, end, states.cond)
         arrival = jump_to(student, states.z, states.t, end, states.cond)
-        return distance_between(self.distance, arrival, goal).mean(), {"squared error of arrival": (arrival.detach() - goal).square().mean()}
+        error = (arrival.detach() - goal).square().mean()
+        return distance_between(self.distance, arrival, goal).mean(), {"squared error of arrival": error}
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #78424e48
 def jump_to(student: nn.Module, z: Tensor, t: Tensor, end: Tensor, cond: Cond = None) -> Tensor:
-    """(n, …): the student's jump from (z, t) to `end`, both (n,), which leaves states alone that are at their end already."""
+    """(n, …): the student's jump from (z, t) to `end`; t and end: (n,). States at their end already are left alone."""
     there = t == end
     safe = torch.where(there, 0.5 * end, end)  # any other end, so that no coefficient divides by zero
     arrival = jump(student, z, t.clamp(min=1e-12), safe, cond)
@@ -93,15 +110,22 @@ def jump_to(student: nn.Module, z: Tensor, t: Tensor, end: Tensor, cond: Cond = 
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #97018822
 class ConsistencyTraining(Consistency):
-    """Consistency without a teacher: the later point lies on the line to the clean data of a forward state (Song et al. 2023, algorithm 3)."""
+    """Consistency without a teacher: the later point lies on the line to the data of a forward state.
 
-    def __init__(self, schedule: Schedule, destination: Edges | Anywhere, target: float | None = None, distance: Distance = "norm_huber"):
+    Song et al. 2023, algorithm 3. Raises ValueError for states without data.
+    """
+
+    def __init__(
+        self, schedule: Schedule, destination: Edges | Anywhere, target: float | None = None,
+        distance: Distance = "norm_huber",
+    ):
         super().__init__(None, destination, target, distance)
         self.line = Denoiser(schedule)  # never asked: the estimate is the data
 
     def step(self, states: States) -> Tensor:
         if states.x is None:
-            raise ValueError("consistency training needs the clean data of its states: use the roll-in Forward, not states from a walk")
+            raise ValueError("consistency training needs the clean data of its states: "
+                             "use the roll-in Forward, not states from a walk")
         return ddim_update(self.line, states.z, states.x, states.t, states.s)
 
 
@@ -110,41 +134,65 @@ def curriculum(update: int, updates: int, first: int = 2, last: int = 150) -> in
     return math.ceil(math.sqrt(update / updates * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #b1081ef9
-class BiDirectional(Method):
-    """A decoder (the student) from each edge to the next cleaner one, an encoder the other way, and their two cycles (Starodubcev et al. 2024).
+@dataclass(frozen=True)
+class RoundTrip:
+    """Two points of one path, (z, time) each, the edge that one network jumps to from both, and the edge back.
 
-    The last of the `edges` must be above 0, where the way back has no beginning. `weight`: of the cycles.
+    `ahead` is nearer to `end` than `start`, so that its answer teaches that of `start`.
     """
 
-    def __init__(self, teacher: Teacher, edges: Tensor | Sequence[float], encoder: Denoiser, weight: float = 1.5, distance: Distance = "huber"):
+    start: tuple[Tensor, Tensor]
+    ahead: tuple[Tensor, Tensor]
+    end: Tensor
+    back: Tensor
+
+    def losses(self, network: nn.Module, other: nn.Module, cond: Cond, distance: Distance) -> dict[str, Tensor]:
+        """The segment's consistency, and the cycle: what `other` took to the edge back must be brought to `end` again.
+        """
+        arrival = jump_to(network, *self.start, self.end, cond)
+        with torch.no_grad():
+            target = jump_to(bare(network), *self.ahead, self.end, cond)
+            away = jump_to(bare(other), arrival, self.end, self.back, cond)
+        segment = distance_between(distance, arrival, target).mean()
+        again = jump_to(network, away, self.back, self.end, cond)
+        return {"segment": segment, "cycle": distance_between(distance, again, arrival.detach()).mean()}
+
+# %% ../../nbs/04_methods/04_consistency.ipynb #57d9e1b1
+class BiDirectional(Method):
+    """A decoder (the student) from each edge to the next cleaner one, an encoder the other way, and their two cycles.
+
+    The last of the `edges` must be above 0, where the way back has no beginning: else ValueError. weight: of the
+    cycles. Starodubcev et al. 2024.
+    """
+
+    def __init__(
+        self, teacher: Teacher, edges: Tensor | Sequence[float], encoder: Denoiser, weight: float = 1.5,
+        distance: Distance = "huber",
+    ):
         self.edges = check_grid(torch.as_tensor(edges, dtype=torch.float64))
         if self.edges[-1] <= 0:
-            raise ValueError("the way back cannot begin at 0, where there is no noise to tell the paths apart: let the grid end at a small time above it")
+            raise ValueError("the way back cannot begin at 0, where there is no noise to tell the paths apart: "
+                             "let the grid end at a small time above it")
         self.teacher, self.weight, self.distance = teacher, float(weight), check_distance(distance)
         self.down, self.networks, self.asked = Edges(self.edges), {"encoder": encoder}, {"teacher": teacher.denoiser}
         self.ends = str(self.down)
 
     def turns(self, step: int) -> list[Turn]:
-        return [Turn("student", lambda networks, states: self._turn(networks["student"], networks["encoder"], states, decode=True)),
-                Turn("encoder", lambda networks, states: self._turn(networks["encoder"], networks["student"], states, decode=False))]
+        return [Turn(name, partial(self.turn_loss, name)) for name in ("student", "encoder")]
 
-    def _turn(self, learner: nn.Module, other: nn.Module, states: States, decode: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def turn_loss(self, name: str, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The segment's loss and the cycle of one of the two networks."""
         later, clean = self.teacher.label(states), self.down(states.t, states.s)
         states.teacher_z, states.known = later, np.ones(len(states), bool)  # the other turn does not ask again
         noisy = self._above(clean)
-        ends = [(states.z, states.t), (later, states.s)]
-        (z, t), (ahead, u) = ends if decode else ends[::-1]
-        end, back = (clean, noisy) if decode else (noisy, clean)
-        arrival = jump_to(learner, z, t, end, states.cond)                  # a state at the learner's edge,
-        with torch.no_grad():
-            target = jump_to(bare(learner), ahead, u, end, states.cond)
-            away = jump_to(bare(other), arrival, end, back, states.cond)    # taken away by the other network, to be brought back
-        segment = distance_between(self.distance, arrival, target).mean()
-        cycle = distance_between(self.distance, jump_to(learner, away, back, end, states.cond), arrival.detach()).mean()
-        return segment + self.weight * cycle, {"segment": segment, "cycle": cycle}
+        start, ahead = (states.z, states.t), (later, states.s)
+        student, encoder = networks["student"], networks["encoder"]
+        trip = RoundTrip(start, ahead, clean, noisy) if name == "student" else RoundTrip(ahead, start, noisy, clean)
+        pair = (student, encoder) if name == "student" else (encoder, student)
+        losses = trip.losses(*pair, states.cond, self.distance)
+        return losses["segment"] + self.weight * losses["cycle"], losses
 
     def _above(self, clean: Tensor) -> Tensor:
-        """The noisier edges."""
+        """(n,): the noisier edges."""
         edges = self.edges.to(clean.device)
         return edges[torch.searchsorted(-edges, -clean) - 1]

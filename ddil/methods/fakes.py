@@ -15,33 +15,41 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import cat_cond, coefficients, Cond, Denoiser, map_cond, cast
 from ..diffusion.wrappers import innermost, Wrapper
 from .adversary import adversarial_loss_by_name
-from .base import Networks, bare, weighted_error, weighting_by_name
+from .base import Networks, bare, plain_values, weighted_error, weighting_by_name
 from ..diffusion.noise import Source
 from ..diffusion.schedule import Schedule, Time
 from ..rollins.states import Data, States
 
 # %% auto #0
-__all__ = ['noised', 'Delta', 'Known', 'Samples', 'Head', 'listening', 'Judged', 'judged', 'Critic', 'frozen', 'RealSamples',
-           'data_for']
+__all__ = ['noised', 'Delta', 'Known', 'posterior_mean', 'stand_for', 'Samples', 'Head', 'listening', 'Judged', 'judged',
+           'denoised_and_judged', 'judged_rightly', 'Critic', 'frozen', 'RealSamples', 'data_for', 'Waiting']
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #274ed686
 def noised(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Samples (n, …) noised to times drawn uniformly from [low, high], and these times, (n,) float64. Torch's generator draws; the trainer seeds it for every update."""
+    """Samples (n, …) noised to times drawn uniformly from [low, high], and these times, (n,) float64.
+
+    Torch's generator draws; the trainer seeds it for every update.
+    """
     t = high - (high - low) * torch.rand(len(x), dtype=torch.float64, device=x.device)
     alpha, sigma = coefficients(schedule, t, x)
     return x * cast(alpha, x.dtype) + torch.randn_like(x) * cast(sigma, x.dtype), t
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #af97b2c8
 class Delta:
-    """The student's distribution taken for the one sample that was noised: score distillation sampling (Poole et al. 2022).
+    """The student's distribution taken for the one sample that was noised: score distillation (Poole et al. 2022).
 
-    All answers of this module have `networks` that learn (none here), `estimate`, and what is remembered between updates.
+    All answers of this module have `networks` that learn (none here), `estimate`, and what is remembered between
+    updates. `judges`: whether one of the networks tells samples from data, too.
     """
 
     networks: Networks = {}
+    judges: bool = False
 
-    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n, …) posterior means at (noisy, t), and what to log. x: the samples, (n, …), without gradient, that were noised."""
+    def estimate(
+        self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n, …) posterior means at (noisy, t), and what to log. x: the samples (n, …), no gradient, that were noised.
+        """
         return x, {}
 
     def remember(self, x: Tensor, cond: Cond, step: int) -> None:
@@ -49,7 +57,7 @@ class Delta:
 
     def describe(self) -> dict[str, str | int | float | bool]:
         """What a checkpoint must agree on, in plain values."""
-        return {"fake": type(self).__name__, **{f"fake {key}": value for key, value in vars(self).items() if isinstance(value, (str, int, float, bool)) and not key.startswith("_")}}
+        return {"fake": type(self).__name__, **{f"fake {key}": value for key, value in plain_values(self).items()}}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -57,21 +65,48 @@ class Delta:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pass
 
-
+# %% ../../nbs/04_methods/08_fakes.ipynb #9d7cf1f4
 class Known(Delta):
     """The posterior mean of the student's samples where it is known: a given `denoiser`."""
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
 
-    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def estimate(
+        self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.denoiser(noisy, t, cond), {}
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #25129ed7
-class Samples(Delta):
-    """The posterior mean over the student's own samples: those of the batch, and the last `memory` of earlier ones. `leave_out`: a sample does not explain itself.
+def posterior_mean(
+    noisy: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(n, d): the mean of `points` (m, d), each weighted by how well it explains a noisy sample (n, d); and the
+    weights.
 
-    Samples of other labels do not count (conditions must be labels, or None). Logged: the effective sample size, and the age in updates of the samples that count.
+    alpha, sigma: (n, 1), of the noise; counts: (n, m) booleans, which points stand for which sample.
+    """
+    distance = noisy.square().sum(1, keepdim=True) - 2 * alpha * (noisy @ points.T) + alpha**2 * points.square().sum(1)
+    share = (-distance / (2 * sigma**2)).masked_fill(~counts, -math.inf).softmax(1)
+    return share @ points, share
+
+
+def stand_for(labels: Tensor, n: int, leave_out: bool) -> Tensor:
+    """(n, m) booleans: which of m samples stand for each of the first n: those of its label.
+
+    `leave_out`: but for itself, unless it is alone.
+    """
+    same = labels[:n, None] == labels
+    others = same.clone()
+    others[:, :n].fill_diagonal_(False)
+    return torch.where(others.any(1, keepdim=True), others, same) if leave_out else same
+
+# %% ../../nbs/04_methods/08_fakes.ipynb #741f36fe
+class Samples(Delta):
+    """The posterior mean over the student's own samples: those of the batch, and the last `memory` of earlier ones.
+
+    leave_out: a sample does not explain itself. Samples of other labels do not count; conditions must be labels, or
+    None, else ValueError. Logged: the effective sample size, and the age in updates of the samples that count.
     """
 
     def __init__(self, schedule: Schedule, memory: int = 0, leave_out: bool = True):
@@ -80,34 +115,23 @@ class Samples(Delta):
         self.memory, self.leave_out, self._schedule, self._now = memory, leave_out, schedule, 0
         self._bank: dict[str, Tensor] = {}  # x, the update it is from, its label
 
-    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        pool = self._pool(x, cond, self._now)
-        flat, points = noisy.double().flatten(1), pool["x"].double().flatten(1)
-        alpha, sigma = coefficients(self._schedule, t, flat)
-        distance = flat.square().sum(1, keepdim=True) - 2 * alpha * (flat @ points.T) + alpha**2 * points.square().sum(1)
-        share = (-distance / (2 * sigma**2)).masked_fill(~self._counts(pool, len(x)), -math.inf).softmax(1)
-        logs = {"effective samples": (1 / share.square().sum(1)).mean(), "age of samples": (share @ (self._now - pool["born"])).mean()}
-        return (share @ points).to(x.dtype).view(x.shape), logs
-
-    def _pool(self, x: Tensor, cond: Cond, step: int) -> dict[str, Tensor]:
-        """The samples of the batch, then the remembered ones."""
-        labels = torch.zeros(len(x), dtype=torch.long, device=x.device) if cond is None else cond
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError("samples can only stand for those of the same condition, and here hardly two are the same: conditions must be labels, or None. Learn the score with a Critic instead")
-        new = {"x": x, "born": torch.full((len(x),), float(step), dtype=torch.float64, device=x.device), "label": labels}
-        return {name: torch.cat([value, self._bank[name]]) if self._bank else value for name, value in new.items()}
-
-    def _counts(self, pool: dict[str, Tensor], n: int) -> Tensor:
-        """(n, pool): which samples stand for each of the first n: those of its label, but for itself, unless it is alone."""
-        same = pool["label"][:n, None] == pool["label"]
-        others = same.clone()
-        others[:, :n].fill_diagonal_(False)
-        return torch.where(others.any(1, keepdim=True), others, same) if self.leave_out else same
+    def estimate(
+        self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pool, flat = _pool(self._bank, x, cond, self._now), noisy.double().flatten(1)
+        counts = stand_for(pool["label"], len(x), self.leave_out)
+        points = pool["x"].double().flatten(1)
+        mean, share = posterior_mean(flat, points, *coefficients(self._schedule, t, flat), counts)
+        effective, age = (1 / share.square().sum(1)).mean(), (share @ (self._now - pool["born"])).mean()
+        return mean.to(x.dtype).view(x.shape), {"effective samples": effective, "age of samples": age}
 
     def remember(self, x: Tensor, cond: Cond, step: int) -> None:
-        """Take note of the samples of update `step`; the oldest are forgotten. The next estimates are those of the update after."""
+        """Take note of the samples of update `step`; the oldest are forgotten.
+
+        The next estimates are of the next one.
+        """
         if self.memory:
-            self._bank = {name: value[: self.memory].clone() for name, value in self._pool(x, cond, step).items()}
+            self._bank = {name: value[: self.memory].clone() for name, value in _pool(self._bank, x, cond, step).items()}
         self._now = step + 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -116,9 +140,30 @@ class Samples(Delta):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._now, self._bank = int(state["now"]), {name: value for name, value in state.items() if name != "now"}
 
+# %% ../../nbs/04_methods/08_fakes.ipynb #71632fe4
+def _labels(x: Tensor, cond: Cond) -> Tensor:
+    """(n,): the labels of samples x, all the same where there is no condition.
+
+    Raises ValueError for other conditions.
+    """
+    if cond is None:
+        return torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if not isinstance(cond, Tensor) or cond.ndim != 1 or cond.is_floating_point():
+        raise ValueError("samples can only stand for those of the same condition, and here hardly two are the same: "
+                         "conditions must be labels, or None. Learn the score with a Critic instead")
+    return cond
+
+
+def _pool(bank: dict[str, Tensor], x: Tensor, cond: Cond, step: int) -> dict[str, Tensor]:
+    """Samples of update `step`, with that number and their labels, and after them those of the bank."""
+    born = torch.full((len(x),), float(step), dtype=torch.float64, device=x.device)
+    new = {"x": x, "born": born, "label": _labels(x, cond)}
+    return {name: torch.cat([value, bank[name]]) if bank else value for name, value in new.items()}
+
 # %% ../../nbs/04_methods/08_fakes.ipynb #a6fa5005
 class Head(nn.Module):
-    """One number for each sample (high: data) from what a layer of `channels` says; `side`: of images, (n, channels, side, side).
+    """One number for each sample (high: data) from what a layer of `channels` says; `side`: of images, (n, channels,
+    side, side).
 
     Without `side`: vectors, (n, channels), or sequences, (n, positions, channels), whose mean counts.
     """
@@ -141,11 +186,15 @@ class Head(nn.Module):
 # %% ../../nbs/04_methods/08_fakes.ipynb #97528f18
 @contextmanager
 def listening(denoiser: Denoiser, layer: str) -> Iterator[list[Tensor]]:
-    """Within it, what `layer` says is added to the list it gives. Raises ValueError, naming the layers, if there is none of that name."""
+    """Within it, what `layer` says is added to the list it gives.
+
+    Raises ValueError, naming the layers, if there is none of that name.
+    """
     layers, heard = denoiser.named_layers(), []
     if layer not in layers:
         outer = [name for name in layers if name and "." not in name]
-        raise ValueError(f"{type(innermost(denoiser)).__name__} has no layer {layer!r}; it has {', '.join(outer)}, and theirs")
+        name = type(innermost(denoiser)).__name__
+        raise ValueError(f"{name} has no layer {layer!r}; it has {', '.join(outer)}, and theirs")
     note = lambda module, inputs, output: heard.append(output[0] if isinstance(output, tuple) else output)
     handle = layers[layer].register_forward_hook(note)
     try:
@@ -177,7 +226,8 @@ def judged(denoiser: Denoiser, states: States, layer: str | None = None, seed: i
     """
     layer, counted = layer or denoiser.narrowest, innermost(denoiser).evaluations
     if layer is None:
-        raise ValueError(f"{type(innermost(denoiser)).__name__} does not say which of its layers is narrowest: name one")
+        name = type(innermost(denoiser)).__name__
+        raise ValueError(f"{name} does not say which of its layers is narrowest: name one")
     with torch.no_grad(), listening(denoiser, layer) as heard:
         denoiser(states.z[:1], states.t[:1], map_cond(lambda c: c[:1], states.cond))
     innermost(denoiser).evaluations = counted
@@ -188,49 +238,79 @@ def judged(denoiser: Denoiser, states: States, layer: str | None = None, seed: i
         head = Head(heard[0].shape[1 if image else -1], heard[0].shape[-1] if image else None)
     return Judged(denoiser, head.to(denoiser.device), layer)
 
+# %% ../../nbs/04_methods/08_fakes.ipynb #c0b65ed3
+def denoised_and_judged(
+    fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tensor, Cond] | None
+) -> tuple[Tensor, ...]:
+    """One call of the network: estimates (n, …) of noised samples x, and the times (n,) of that noise.
+
+    Given data, of a `Judged` network also the logits, (n,) each, for the data and for the samples, noised on their own.
+    """
+    schedule = bare(fake).schedule
+    if data is None:
+        noisy, t = noised(x, schedule)
+        return fake(noisy, t, cond), t
+    z, times = zip(noised(x, schedule), noised(x, schedule), noised(data[0], schedule))
+    conds = cat_cond([cond, cond, data[1]])
+    x_hat, logits = fake(torch.cat(z), torch.cat(times), conds, judged=2 * len(x))
+    made, true = logits.chunk(2)
+    return x_hat[: len(x)], times[0], true, made
+
+
+def judged_rightly(true: Tensor, made: Tensor) -> Tensor:
+    """The share of logits with the right sign, data and made samples counting alike; 1/2 for a judge that cannot tell.
+    """
+    return ((true > 0).float().mean() + (made < 0).float().mean()) / 2
+
 # %% ../../nbs/04_methods/08_fakes.ipynb #df4dd65a
 class Critic(Delta):
-    """The student's score, learnt by a network of its own (DMD, Yin et al. 2023), which also judges if it is `Judged` (DMD2, Yin et al. 2024).
+    """The student's score, learnt by a network of its own (DMD, Yin et al. 2023).
 
-    `adversary`: weight of judging in what the network learns; `loss`: "softplus" or "hinge".
+    It also judges if the network is `Judged` (DMD2, Yin et al. 2024). adversary: weight of judging in what the network
+    learns; loss: of ADVERSARIAL_LOSSES. Raises ValueError for a weight below 0.
     """
 
-    def __init__(self, network: Denoiser | Judged, weighting: str = "snr_plus_one", adversary: float = 0.01, loss: str = "softplus"):
+    def __init__(
+        self, network: Denoiser | Judged, weighting: str = "snr_plus_one", adversary: float = 0.01,
+        loss: str = "softplus",
+    ):
         if not adversary >= 0:
             raise ValueError(f"adversary must be a weight of at least 0, not {adversary}")
-        self.networks, self.judges = {"fake": network}, isinstance(network, Judged)
-        self.weighting, self.adversary, self.loss_name = weighting, adversary, loss
-        self._weight, self._loss = weighting_by_name(weighting), adversarial_loss_by_name(loss)
+        self.networks, self.judges, self.adversary = {"fake": network}, isinstance(network, Judged), adversary
+        self.weighting, self._weight = weighting, weighting_by_name(weighting)
+        self.loss_name, self._loss = loss, adversarial_loss_by_name(loss)
 
-    def estimate(self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def estimate(
+        self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return bare(networks["fake"])(noisy, t, cond), {}
 
-    def loss(self, fake: nn.Module, x: Tensor, cond: Cond, real: tuple[Tensor, Cond] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the network minimises on samples of the student, without gradient, and as many of data with their conditions, if it judges."""
-        schedule = bare(fake).schedule
-        noisy, t = noised(x, schedule)
-        if real is None:
-            denoising = weighted_error(fake(noisy, t, cond), x, self._weight(schedule.log_snr(t))).mean()
+    def loss(
+        self, fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tensor, Cond] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the network minimises on samples x of the student, and, if it judges, as many of data with conditions.
+        """
+        x_hat, t, *logits = denoised_and_judged(fake, x, cond, data)
+        denoising = weighted_error(x_hat, x, self._weight(bare(fake).schedule.log_snr(t))).mean()
+        if data is None:
             return denoising, {"denoising": denoising}
-        parts = [noised(x, schedule), noised(real[0], schedule)]
-        z, at = (torch.cat([first, *(part[i] for part in parts)]) for i, first in enumerate((noisy, t)))
-        x_hat, said = fake(z, at, cat_cond([cond, cond, real[1]]), judged=2 * len(x))
-        denoising = weighted_error(x_hat[: len(x)], x, self._weight(schedule.log_snr(t))).mean()
-        made, true = said.chunk(2)
-        adversary = self._loss.judge(true, made)
-        return denoising + self.adversary * adversary, {"denoising": denoising, "adversary": adversary, "right of judge": ((true > 0).float().mean() + (made < 0).float().mean()) / 2}
+        adversary, right = self._loss.judge(*logits), judged_rightly(*logits)
+        logs = {"denoising": denoising, "adversary": adversary, "right of judge": right}
+        return denoising + self.adversary * adversary, logs
 
     def persuade(self, networks: Networks, x: Tensor, cond: Cond) -> Tensor:
         """What the student minimises to be taken for data; the gradient reaches `x` and leaves the network alone."""
-        network = bare(networks["fake"])
-        with frozen(network):
+        with frozen(network := bare(networks["fake"])):
             noisy, t = noised(x, network.schedule)
             return self._loss.student(network(noisy, t, cond, judged=len(x))[1])
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #cdb8acd5
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Within it no graph is made for the gradients of the network's parameters. (Not where activations are computed again: then they must be as they were.)"""
+    """Within it no graph is made for the gradients of the network's parameters.
+
+    (Not where activations are computed again: then they must be as they were.)
+    """
     again = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     learning = [] if again else [p for p in network.parameters() if p.requires_grad]
     for parameter in learning:
@@ -243,7 +323,10 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #2bdcf841
 class RealSamples:
-    """Samples of `data` for a judge, a function of the seed, the update and the process: for each update an endless row of them."""
+    """Samples of `data` for a judge, a function of the source and the update: an endless row for each update.
+
+    Raises ValueError for a data set without rows.
+    """
 
     def __init__(self, data: Data, source: Source | int = Source()):
         if len(data) == 0:
@@ -259,9 +342,42 @@ class RealSamples:
 
 
 def data_for(states: States, data: RealSamples | None, step: int, start: int = 0) -> tuple[Tensor, Cond]:
-    """As many samples of data as there are states, with conditions: the states' own, or else from `data`. Raises ValueError if there are neither."""
+    """As many samples of data as there are states, with conditions: the states' own, or else from `data`.
+
+    Raises ValueError if there are neither.
+    """
     if states.x is not None:
         return states.x, states.cond
     if data is None:
-        raise ValueError("the judge needs data to compare with, and states from a walk have none: give the method data=RealSamples(data)")
+        raise ValueError("the judge needs data to compare with, and states from a walk have none: "
+                         "give the method data=RealSamples(data)")
     return data.draw(len(states), step, start)
+
+# %% ../../nbs/04_methods/08_fakes.ipynb #a7025137
+class Waiting:
+    """The student's samples of an update that its critic has yet to see, part by part, and the data for them.
+
+    data: for states that know none; see `data_for`.
+    """
+
+    def __init__(self, data: RealSamples | None = None):
+        self.data, self.samples = data, []
+        self.drawn = 0  # states of this update for which data were taken
+
+    def clear(self) -> None:
+        """Begin an update."""
+        self.samples.clear()
+        self.drawn = 0
+
+    def add(self, x: Tensor) -> None:
+        """Let samples wait."""
+        self.samples.append(x)
+
+    def next(self) -> Tensor | None:
+        """The samples that have waited longest, or None."""
+        return self.samples.pop(0) if self.samples else None
+
+    def compared(self, states: States, step: int) -> tuple[Tensor, Cond]:
+        """Data and their conditions, as many as there are states, to compare the samples of update `step` with."""
+        start, self.drawn = self.drawn, self.drawn + len(states)
+        return data_for(states, self.data, step, start)

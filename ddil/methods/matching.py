@@ -14,114 +14,149 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond, Denoiser, coefficients, cast
 from .adversary import drift, pull
 from .base import Distance, Method, Networks, Turn, bare, check_distance, check_guidance, distance_between
-from .fakes import Delta, RealSamples, data_for, noised
+from .fakes import Delta, RealSamples, Waiting, noised
 from ..solvers import ddim_update
 from ..rollins.states import States
 
 # %% auto #0
-__all__ = ['MATCHING_WEIGHTS', 'matching_gradient', 'DistributionMatching']
+__all__ = ['MATCHING_WEIGHTS', 'matching_gradient', 'MatchingTerm', 'FakeScored', 'DistributionMatching', 'label_term']
 
 # %% ../../nbs/04_methods/09_matching.ipynb #fbc734f6
-MATCHING_WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of alpha, sigma and the distance of the sample from the real estimate
+MATCHING_WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    # of alpha, sigma and the distance of the sample from the real estimate
     "normalised": lambda alpha, sigma, distance: 1 / distance.clamp(min=1e-6),
     "score": lambda alpha, sigma, distance: (alpha / sigma) ** 2,
     "variance": lambda alpha, sigma, distance: alpha**2,
 }
 
 
-def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigma: Tensor, weighting: str = "normalised") -> Tensor:
+def matching_gradient(
+    x: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigma: Tensor, weighting: str = "normalised"
+) -> Tensor:
     """(n, …): which way, uphill, the reverse KL grows at samples x, from the posterior means at the noised samples.
 
-    "normalised" by the mean absolute distance of each sample from the real estimate (Yin et al. 2023, equation 8); "score": the plain gradient; "variance": that times sigma^2.
+    "normalised" by the mean absolute distance of each sample from the real estimate (Yin et al. 2023, equation 8);
+    "score": the plain gradient; "variance": that times sigma^2.
     """
     distance = (x - real).abs().flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1))
     return (fake - real) * cast(MATCHING_WEIGHTS[weighting](alpha, sigma, distance), x.dtype)
 
 # %% ../../nbs/04_methods/09_matching.ipynb #8ea40adb
-class DistributionMatching(Method):
-    """The student's samples are moved until noised they are distributed like the teacher's (SDS, Poole et al. 2022; DMD, Yin et al. 2023; DMD2, Yin et al. 2024; which one, `fake` and the roll-in decide).
+class MatchingTerm:
+    """Which way samples are to be moved: `real`, the teacher, against `fake`, what is known of the student's
+    distribution.
 
-    `real`: the teacher, guided or not; `fake`: what is known of the student's distribution; `times`: the noise at which both are asked; `weighting`: of MATCHING_WEIGHTS.
-    `ratio`: updates of the fake score for one of the student. `adversary`: weight of persuading the judge, if the fake score is `Judged`; it compares with the states' clean data, or with `data`.
-    `regression`: weight of the `distance` from the label, at states that carry one.
-    Logged: the norm of each term's gradient at the samples, their contrast (standard deviation within a sample) and saturation (share of elements beyond [-1, 1]).
+    weighting: of MATCHING_WEIGHTS; times: the range of the noise at which both are asked, within (0, 1]. Raises
+    ValueError for an unknown weighting, times out of range, or a guided teacher without a null condition.
     """
 
-    def __init__(self, real: Denoiser, fake: Delta, *, weighting: str = "normalised", times: tuple[float, float] = (0.02, 0.98), ratio: int = 1, adversary: float = 0.0,
-                 regression: float = 0.0, distance: Distance = "l2", data: RealSamples | None = None):
+    def __init__(self, real: Denoiser, fake: Delta, weighting: str, times: tuple[float, float]):
         if weighting not in MATCHING_WEIGHTS or not 0 < times[0] <= times[1] <= 1:
-            raise ValueError(f"weighting must be one of {', '.join(MATCHING_WEIGHTS)}, and times rise within (0, 1], not {weighting!r} and {times}")
-        if ratio < 1 or (ratio > 1 and not fake.networks):
-            raise ValueError(f"the fake score needs at least one update for each of the student's, and none without a network that learns: ratio must be {'at least 1' if fake.networks else '1'}, not {ratio}")
-        if min(adversary, regression) < 0 or (adversary and not getattr(fake, "judges", False)):
-            raise ValueError(f"adversary and regression must be weights of at least 0, and adversary needs a critic that judges, Critic(judged(…)): {adversary}, {regression}")
-        check_guidance(real)
-        self.real, self.fake, self.data, self.weighting, self.ratio = real, fake, data, weighting, ratio
-        self.adversary, self.regression, self.distance = adversary, regression, check_distance(distance)
-        self.low, self.high = times
-        self.networks, self.asked = fake.networks, {"real": real}
-        self._drawn = 0  # states of this update for which the judge has seen data
-        self._made: list[Tensor] = []  # samples that the student made in this update and the critic has not yet seen, part by part
+            raise ValueError(f"weighting must be one of {', '.join(MATCHING_WEIGHTS)}, and times rise within (0, 1], "
+                             f"not {weighting!r} and {times}")
+        self.real, self.fake, self.weighting, self.times = check_guidance(real), fake, weighting, times
 
-    def describe(self) -> dict:
-        return {**super().describe(), **self.fake.describe()}
+    @torch.no_grad()
+    def gradient(self, networks: Networks, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of half the squared length of the move, averaged over all elements, at samples x (n, …); and what to log."""
+        noisy, t = noised(x, self.real.schedule, *self.times)
+        real = self.real(noisy, t, cond)
+        fake, logs = self.fake.estimate(networks, noisy, t, cond, x)
+        alpha, sigma = coefficients(self.real.schedule, t, x)
+        return matching_gradient(x, real, fake, alpha, sigma, self.weighting) / x.numel(), logs
 
-    def turns(self, step: int) -> list[Turn]:
-        self._made.clear()
-        student = [Turn("student", partial(self.student_loss, step))] if step % self.ratio == 0 else []
-        self._drawn = 0
-        return student + [Turn(name, partial(self.fake_loss, step)) for name in self.networks]
+# %% ../../nbs/04_methods/09_matching.ipynb #3407602b
+class FakeScored(Method):
+    """A method with a `fake` score: the turn in which that learns, and what is remembered of it.
 
-    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every term as a gradient at the student's samples, which then goes through the student once."""
-        sample = networks["student"](states.z, states.t, states.cond)
-        x = sample.detach().requires_grad_()
-        self._made.append(x.detach())
-        gradients, logs = {}, {}
-        gradients["matching"], seen = self.matching(networks, x.detach(), states.cond)
-        terms = {"adversary": self._persuasion(networks, x, states.cond), "regression": self._regression(bare(networks["student"]), x, states)}
-        for name, term in terms.items():
-            if term is not None:
-                gradients[name], logs[name] = torch.autograd.grad(term, x)[0], term
-        self.fake.remember(x.detach(), states.cond, step)
-        loss, norms = pull(sample, gradients)
-        return loss, {**logs, **norms, **seen, **drift(x)}
+    data: for a judge, where states know no data.
+    """
 
-    def matching(self, networks: Networks, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient, at samples x, of half the squared length of the move, averaged over all elements; and what to log."""
-        noisy, t = noised(x, self.real.schedule, self.low, self.high)
-        with torch.no_grad():
-            real = self.real(noisy, t, cond)
-            fake, logs = self.fake.estimate(networks, noisy, t, cond, x)
-            return matching_gradient(x, real, fake, *coefficients(self.real.schedule, t, x), self.weighting) / x.numel(), logs
-
-    def _persuasion(self, networks: Networks, x: Tensor, cond: Cond) -> Tensor | None:
-        return self.adversary * self.fake.persuade(networks, x, cond) if self.adversary else None
-
-    def _regression(self, student: Denoiser, x: Tensor, states: States) -> Tensor | None:
-        """The distance of the student's arrivals from their labels, averaged over all states: those without a label count nothing."""
-        if not self.regression or states.known is None or not states.known.any():
-            return None
-        rows = torch.from_numpy(states.known.nonzero()[0]).to(x.device)
-        arrival = ddim_update(student, states.z, x, states.t, states.s)
-        return self.regression * distance_between(self.distance, arrival[rows], states.teacher_z[rows]).sum() / len(states)
+    def __init__(self, fake: Delta, data: RealSamples | None = None):
+        self.fake, self.networks, self._waiting = fake, fake.networks, Waiting(data)
 
     def fake_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns from the samples of the student's turn, or, where it had none, from new ones."""
-        if self._made:
-            x = self._made.pop(0)
-        else:
+        x = self._waiting.next()
+        if x is None:
             with torch.no_grad():
                 x = bare(networks["student"])(states.z, states.t, states.cond)
-        real = data_for(states, self.data, step, self._drawn) if self.fake.judges else None
-        self._drawn += len(states)
-        return self.fake.loss(networks["fake"], x, states.cond, real)
+        data = self._waiting.compared(states, step) if self.fake.judges else None
+        return self.fake.loss(networks["fake"], x, states.cond, data)
 
     def blame(self, names: list[str]) -> str:
-        return "fake" if self.networks and names[0] == "loss" and "contrast" not in names else super().blame(names)  # finite samples: what was said of them is not
+        """The fake score where its loss is not finite; the student where its samples are not, or what was said of them.
+        """
+        fake = bool(self.networks) and names[0] == "loss" and "contrast" not in names
+        return "fake" if fake else super().blame(names)
+
+    def describe(self) -> dict:
+        return {**super().describe(), **self.fake.describe()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.fake.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.fake.load_state_dict(state)
+
+# %% ../../nbs/04_methods/09_matching.ipynb #5918a9f8
+class DistributionMatching(FakeScored):
+    """The student's samples are moved until noised they are distributed like the teacher's.
+
+    SDS (Poole et al. 2022), DMD (Yin et al. 2023) or DMD2 (Yin et al. 2024): `fake` and the roll-in decide which. real,
+    fake, weighting, times: see MatchingTerm. ratio: updates of the fake score for one of the student. adversary: weight
+    of persuading the judge, if the fake score is `Judged`; it compares with the states' clean data, or with `data`.
+    regression: weight of the `distance` from the label, at states that carry one. Logged: the norm of each term's
+    gradient at the samples, and what `drift` says of them.
+    """
+
+    def __init__(
+        self, real: Denoiser, fake: Delta, *, weighting: str = "normalised", times: tuple[float, float] = (0.02, 0.98),
+        ratio: int = 1, adversary: float = 0.0, regression: float = 0.0, distance: Distance = "l2",
+        data: RealSamples | None = None,
+    ):
+        super().__init__(fake, data)
+        self.weighting, (self.low, self.high), self.ratio = weighting, times, ratio
+        self.adversary, self.regression, self.distance = adversary, regression, check_distance(distance)
+        _check_weights(fake, ratio, adversary, regression)
+        self._term, self.asked = MatchingTerm(real, fake, weighting, times), {"real": real}
+
+    def turns(self, step: int) -> list[Turn]:
+        self._waiting.clear()
+        student = [Turn("student", partial(self.student_loss, step))] if step % self.ratio == 0 else []
+        return student + [Turn(name, partial(self.fake_loss, step)) for name in self.networks]
+
+    def student_loss(self, step: int, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all terms, with its gradient at the student's samples."""
+        sample, terms = networks["student"](states.z, states.t, states.cond), {}
+        x = sample.detach().requires_grad_()
+        self._waiting.add(x.detach())
+        move, logs = self._term.gradient(networks, x.detach(), states.cond)
+        if self.adversary:
+            terms["adversary"] = self.adversary * self.fake.persuade(networks, x, states.cond)
+        if self.regression and states.known is not None and states.known.any():
+            terms["regression"] = self.regression * label_term(bare(networks["student"]), x, states, self.distance)
+        gradients = {name: torch.autograd.grad(term, x)[0] for name, term in terms.items()}
+        self.fake.remember(x.detach(), states.cond, step)
+        loss, norms = pull(sample, {"matching": move, **gradients})
+        return loss, {**terms, **norms, **logs, **drift(x)}
+
+# %% ../../nbs/04_methods/09_matching.ipynb #9ebb2ee5
+def label_term(student: Denoiser, x: Tensor, states: States, distance: Distance) -> Tensor:
+    """The distance of the arrivals of estimates x from the states' labels, averaged over all states.
+
+    States without a label count nothing.
+    """
+    rows = torch.from_numpy(states.known.nonzero()[0]).to(x.device)
+    arrival = ddim_update(student, states.z, x, states.t, states.s)
+    return distance_between(distance, arrival[rows], states.teacher_z[rows]).sum() / len(states)
+
+
+def _check_weights(fake: Delta, ratio: int, adversary: float, regression: float) -> None:
+    """Raise ValueError for settings that this fake score cannot have."""
+    if ratio < 1 or (ratio > 1 and not fake.networks):
+        raise ValueError("the fake score needs at least one update for each of the student's, and none without a "
+                         f"network that learns: ratio must be {'at least 1' if fake.networks else '1'}, not {ratio}")
+    if min(adversary, regression) < 0 or (adversary and not fake.judges):
+        raise ValueError("adversary and regression must be weights of at least 0, and adversary needs a critic that "
+                         f"judges, Critic(judged(…)): {adversary}, {regression}")

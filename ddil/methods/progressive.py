@@ -20,7 +20,8 @@ __all__ = ['Progressive', 'Stage', 'halvings']
 
 # %% ../../nbs/04_methods/02_progressive.ipynb #937dcc1b
 class Progressive(Method):
-    """Progressive distillation: the student's step equals the teacher's `stride` steps (Salimans & Ho 2022). The weighting is a name in WEIGHTINGS."""
+    """The student's step must land where the teacher's `stride` steps do (Salimans & Ho 2022). weighting: of
+    WEIGHTINGS."""
 
     def __init__(self, teacher: Teacher, weighting: str = "truncated_snr"):
         self.teacher, self.weighting = teacher, weighting
@@ -54,7 +55,7 @@ class Stage:
 def halvings(steps: Sequence[int]) -> list[Stage]:
     """The stages of a list such as [16, 8, 4, 2, 1]. Raises ValueError naming the pair that does not halve."""
     if len(steps) < 2 or not all(isinstance(count, int) and count >= 1 for count in steps):
-        raise ValueError(f"stages are given as at least two whole numbers of steps, such as [16, 8, 4], not {list(steps)}")
+        raise ValueError(f"stages are at least two whole numbers of steps, such as [16, 8, 4], not {list(steps)}")
     for before, after in zip(steps, steps[1:]):
         if before != 2 * after:
             raise ValueError(f"steps must halve at every stage, but {before} → {after} does not (in {list(steps)})")

@@ -18,20 +18,23 @@ from ..diffusion.grids import check_grid, karras_grid
 from ..diffusion.noise import sample_noise
 from ..diffusion.schedule import RectifiedFlow
 from ..files import read_tensors, seal, unseal, write_tensors
-from .base import bare, check_distance, Distance, distance_between, jump, Method, weighted_error, weighting_by_name
+from ddil.methods.base import (
+    bare, check_distance, Distance, distance_between, jump, Method, weighted_error, weighting_by_name
+)
 from ..rollins.data import TensorData
 from ..rollins.states import States
 from ..rollins.teacher import Teacher
 from ..solvers import ddim, sample, Solver
 
 # %% auto #0
-__all__ = ['Regression', 'Pairs', 'make_pairs', 'GuidanceDistillation', 'straightness', 'sfd_teacher']
+__all__ = ['Regression', 'sfd_teacher', 'Pairs', 'make_pairs', 'GuidanceDistillation', 'straightness']
 
 # %% ../../nbs/04_methods/03_regression.ipynb #ee6cc036
 class Regression(Method):
-    """The student's step must land where the teacher lands: `distance` (a name in DISTANCES, or a function of two batches) between the two arrivals at s.
+    """The student's step must land where the teacher lands: the `distance` of the two arrivals at s is the loss.
 
-    On pairs of noise and sample that is naive knowledge distillation (Luhman & Luhman 2021); on the student's walk, SFD (Zhou et al. 2024).
+    On pairs of noise and sample that is naive knowledge distillation (Luhman & Luhman 2021); on the student's walk it
+    is SFD (Zhou et al. 2024). distance: a name in DISTANCES, or a function of two batches.
     """
 
     def __init__(self, teacher: Teacher, distance: Distance = "l2"):
@@ -42,17 +45,37 @@ class Regression(Method):
         label = self.teacher.label(states)
         arrival = jump(student, states.z, states.t, states.s, states.cond)
         states.arrival = arrival.detach()
-        return distance_between(self.distance, arrival, label).mean(), {"squared error of arrival": (states.arrival - label).square().mean()}
+        error = (states.arrival - label).square().mean()
+        return distance_between(self.distance, arrival, label).mean(), {"squared error of arrival": error}
+
+# %% ../../nbs/04_methods/03_regression.ipynb #30e89fa3
+def sfd_teacher(
+    denoiser: Denoiser, steps: int, between: int = 3, sigma_min: float = 0.006, sigma_max: float = 80.0,
+    solver: Solver = ddim,
+) -> Teacher:
+    """The teacher for a student of `steps` on a Karras grid, with `between` nodes of its own between two of the
+    student's.
+
+    Zhou et al. 2024, who publish 3 nodes, sigma_min 0.006 and DPM-Solver++(3M). Raises ValueError for no step at all.
+    """
+    if steps < 1 or between < 0:
+        raise ValueError(f"steps must be at least 1 and between at least 0, not {steps} and {between}")
+    fine = karras_grid(denoiser.schedule, steps * (between + 1), sigma_min, sigma_max)
+    return Teacher(denoiser, fine, between + 1, solver)
 
 # %% ../../nbs/04_methods/03_regression.ipynb #c3e355aa
 class Pairs(TensorData):
-    """Noise and the sample that a deterministic teacher made of it, read from `folder`. As a data set, each sample is coupled with its own noise."""
+    """Noise and the sample that a deterministic teacher made of it, read from `folder`.
+
+    As a data set, each sample is coupled with its own noise. Raises FileNotFoundError if there are none.
+    """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
-        described = [unseal(part, "make the pairs again") for part in sorted(Path(folder).glob("part-?????"))]
-        if not described:
+        parts = sorted(Path(folder).glob("part-?????"))
+        if not parts:
             raise FileNotFoundError(f"there are no pairs in {folder}: make them with make_pairs")
-        tensors = [read_tensors(part / "pairs.safetensors") for part in sorted(Path(folder).glob("part-?????"))]
+        described = [unseal(part, "make the pairs again") for part in parts]
+        tensors = [read_tensors(part / "pairs.safetensors") for part in parts]
         cond = torch.cat([part["condition"] for part in tensors]).to(device) if "condition" in tensors[0] else None
         super().__init__(torch.cat([part["x"] for part in tensors]).to(device), cond)
         ids = [i for part in described for i in range(part["first"], part["first"] + part["count"])]
@@ -63,32 +86,51 @@ class Pairs(TensorData):
         return self._noise[torch.from_numpy(rows)]
 
 # %% ../../nbs/04_methods/03_regression.ipynb #d4098de3
-def make_pairs(denoiser: Denoiser, count: int, shape: Sequence[int], grid: Tensor, folder: str | Path, conditions: Callable[[np.ndarray], Cond] | None = None, solver: Solver = ddim,
-               seed: int = 0, part: int = 1024, description: dict | None = None, progress: bool = False) -> Pairs:
-    """Noise and sample `count` times, in parts of `part` that are kept in `folder`; what is there already is not made again.
+def make_pairs(
+    denoiser: Denoiser, count: int, shape: Sequence[int], grid: Tensor, folder: str | Path,
+    conditions: Callable[[np.ndarray], Cond] | None = None, solver: Solver = ddim, seed: int = 0, part: int = 1024,
+    description: dict | None = None, progress: bool = False,
+) -> Pairs:
+    """Noise and sample `count` times, in parts of `part` that are kept in `folder`; what is there is not made again.
 
-    conditions: the conditions of some pairs, by number. description: plain values that decide the teacher. Raises ValueError if the folder holds pairs of another making.
+    conditions: the conditions of some pairs, by number. description: plain values that decide the teacher.
+    Raises ValueError if the folder holds pairs of another making.
     """
-    folder = Path(folder)
+    folder, decisive = Path(folder), {"seed": seed, "grid": check_grid(grid).tolist(), "shape": list(shape)}
     for first in tqdm(range(0, count, part), "pairs", disable=not progress):
         ids, place = np.arange(first, min(first + part, count)), folder / f"part-{first // part:05d}"
-        made_by = {"first": first, "count": len(ids), "seed": seed, "grid": check_grid(grid).tolist(), "shape": list(shape), **(description or {})}
-        if place.is_dir():
-            kept = {key: value for key, value in unseal(place, "delete it").items() if key != "files"}
-            if kept != made_by:
-                raise ValueError(f"{place} was made otherwise: {kept}, not {made_by}. Use another folder, or delete it")
-            continue
-        cond = None if conditions is None else conditions(ids)
-        x = sample(denoiser, ids.tolist(), shape, grid, cond, solver, seed=seed)
-        aside = folder / f".writing-{first}"
-        aside.mkdir(parents=True, exist_ok=True)
-        write_tensors(aside / "pairs.safetensors", {"x": x.cpu(), **({} if cond is None else {"condition": cond.cpu()})})
-        seal(aside, place, made_by)
+        made_by = {"first": first, "count": len(ids), **decisive, **(description or {})}
+        if not _there(place, made_by):
+            cond = None if conditions is None else conditions(ids)
+            x = sample(denoiser, ids.tolist(), shape, grid, cond, solver, seed=seed)
+            _keep(place, x, cond, made_by)
     return Pairs(folder, denoiser.device)
+
+# %% ../../nbs/04_methods/03_regression.ipynb #573157d5
+def _there(place: Path, made_by: dict) -> bool:
+    """Whether a part is kept at this place. Raises ValueError for one that was made otherwise."""
+    if not place.is_dir():
+        return False
+    kept = {key: value for key, value in unseal(place, "delete it").items() if key != "files"}
+    if kept != made_by:
+        raise ValueError(f"{place} was made otherwise: {kept}, not {made_by}. Use another folder, or delete it")
+    return True
+
+
+def _keep(place: Path, x: Tensor, cond: Cond, made_by: dict) -> None:
+    """Write a part aside, then rename it."""
+    aside = place.parent / f".writing-{made_by['first']}"
+    aside.mkdir(parents=True, exist_ok=True)
+    tensors = {"x": x.cpu()} if cond is None else {"x": x.cpu(), "condition": cond.cpu()}
+    write_tensors(aside / "pairs.safetensors", tensors)
+    seal(aside, place, made_by)
 
 # %% ../../nbs/04_methods/03_regression.ipynb #dad8229d
 class GuidanceDistillation(Method):
-    """The student's estimate must be that of a guided `denoiser` (Meng et al. 2023, stage one). With `Guided(…, None)` each sample has its own scale, which the student takes as an input."""
+    """The student's estimate must be that of a guided `denoiser` (Meng et al. 2023, stage one).
+
+    With `Guided(…, None)` each sample has its own scale, which the student takes as an input.
+    """
 
     def __init__(self, denoiser: Denoiser, weighting: str = "truncated_snr"):
         self.denoiser, self.weighting = denoiser, weighting
@@ -102,21 +144,18 @@ class GuidanceDistillation(Method):
         return weighted_error(student(states.z, states.t, states.cond), target, weight).mean(), {}
 
 # %% ../../nbs/04_methods/03_regression.ipynb #7e7e3a61
-def straightness(denoiser: Denoiser, ids: Sequence[int], shape: Sequence[int], cond: Cond = None, steps: int = 64, seed: int = 0) -> float:
-    """The mean over elements and times of the squared difference of a rectified flow's velocity from its whole path's (Liu et al. 2022, equation 4), on `steps` Euler steps.
+def straightness(
+    denoiser: Denoiser, ids: Sequence[int], shape: Sequence[int], cond: Cond = None, steps: int = 64, seed: int = 0
+) -> float:
+    """How far a rectified flow's velocity is from that of its whole path, on `steps` Euler steps.
 
+    The mean over elements and times of the squared difference (Liu et al. 2022, equation 4); 0 for straight paths.
     Raises ValueError for another schedule than RectifiedFlow: present the denoiser by `Rescheduled`.
     """
     if denoiser.schedule != RectifiedFlow():
-        raise ValueError(f"straightness is that of a rectified flow, not of {denoiser.schedule}: use Rescheduled(denoiser, RectifiedFlow())")
+        raise ValueError(f"straightness is that of a rectified flow, not of {denoiser.schedule}: "
+                         "use Rescheduled(denoiser, RectifiedFlow())")
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     path = sample(denoiser, ids, shape, grid, cond, trajectory=True, seed=seed)
     velocity = (path[:-1] - path[1:]) * steps  # of an Euler step, (z_t - z_s) / (t - s)
     return (velocity - (path[0] - path[-1])).square().mean().item()
-
-# %% ../../nbs/04_methods/03_regression.ipynb #30e89fa3
-def sfd_teacher(denoiser: Denoiser, steps: int, between: int = 3, sigma_min: float = 0.006, sigma_max: float = 80.0, solver: Solver = ddim) -> Teacher:
-    """The teacher for a student of `steps` on a Karras grid, with `between` nodes of its own between two of the student's (Zhou et al. 2024; published: 3, sigma_min 0.006, DPM-Solver++(3M))."""
-    if steps < 1 or between < 0:
-        raise ValueError(f"steps must be at least 1 and between at least 0, not {steps} and {between}")
-    return Teacher(denoiser, karras_grid(denoiser.schedule, steps * (between + 1), sigma_min, sigma_max), between + 1, solver)
