@@ -25,8 +25,7 @@ from ..words import did_you_mean
 class PromptedModel(Protocol):
     """What is asked of a text-to-image model here; `ddil.models.pipeline` has one."""
 
-    kind: str
-    unet: nn.Module
+    network: nn.Module
     schedule: DiscreteVP
     tokenizers: list[CLIPTokenizer]
     text_encoders: list[nn.Module]
@@ -90,7 +89,7 @@ def _framed(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> Tensor:
 def prompt_conditions(model: PromptedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """(n, length, width): the conditions of prompts that are given as ids.
 
-    Where these read back, they are the same as those of their text. Raises ValueError for SDXL.
+    Where these read back, they are the same as those of their text. Raises ValueError for a model of two encoders.
     """
     _check_model(model)
     encoder, tokenizer = model.text_encoders[0], model.tokenizers[0]
@@ -98,10 +97,10 @@ def prompt_conditions(model: PromptedModel, prompts: Sequence[Sequence[int]]) ->
 
 
 def _check_model(model: PromptedModel) -> None:
-    if model.kind == "StableDiffusionXL":
-        raise ValueError("SDXL has two text encoders with an embedding table each, and one prompt cannot be searched "
-                         "in both: search with a Stable Diffusion model")
     model.need("text_encoders")
+    if len(model.text_encoders) > 1:
+        raise ValueError("this model has two text encoders with an embedding table each, and one prompt cannot be "
+                         "searched in both: search with a Stable Diffusion model")
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #a4883a29
 HELD_OUT = 32  # states by which prompts are compared
@@ -135,7 +134,8 @@ def draw_states(
 class PromptSearch:
     """What is asked of a prompt: to tell the noise from the `latents`, (n, c, h, w), at `times` of (0, 1].
 
-    times: earliest and latest. Raises ValueError for SDXL, latents of another shape, or times out of range.
+    times: earliest and latest. Raises ValueError for a model of two encoders, latents of another shape, or times out of
+    range.
     """
 
     model: PromptedModel
@@ -198,7 +198,7 @@ def _knots(times: tuple[float, float], knots: int) -> tuple[int, int]:
 
 def _checked_latents(model: PromptedModel, latents: Tensor) -> Tensor:
     """The latents in float32. Raises ValueError if they do not fit the model, or are not finite."""
-    config, shape = model.unet.config, tuple(latents.shape)
+    config, shape = model.network.config, tuple(latents.shape)
     multiple = 2 ** (len(config.block_out_channels) - 1)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != config.in_channels or shape[2] % multiple or shape[3] % multiple:
         raise ValueError(f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with "
@@ -319,8 +319,8 @@ def find_prompt(
     latents: (n, c, h, w), one or more pictures of one thing; times: earliest and latest, in (0, 1]; optimizer: of
     OPTIMIZERS, which has the defaults of `learning_rate` and `projection_every`, the evaluations from projection to
     projection; batch: noisy states of an update; allowed: ids to choose from (None: all but control tokens). Weights
-    are frozen. Raises ValueError for SDXL, latents of another shape, too many tokens, an unknown optimizer, times
-    outside.
+    are frozen. Raises ValueError for a model of two encoders, latents of another shape, too many tokens, an unknown
+    optimizer, times outside.
     """
     search, tokenizer = PromptSearch(model, latents, times, seed), model.tokenizers[0]
     allowed = vocabulary(tokenizer) if allowed is None else torch.as_tensor(allowed, dtype=torch.long).cpu()

@@ -43,7 +43,7 @@ def sample_rows(rows: Mapping[str, Tensor], title: str = "", scale: float = 0.55
     counts = {name: len(images) for name, images in rows.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"all rows need the same number of images, not {counts}")
-    width = scale * next(iter(counts.values())) + 1.6
+    width = scale * next(iter(counts.values())) + max(1.6, 0.5 + 0.065 * max(map(len, rows)))
     figure = Picture(figsize=(width, scale * len(rows) * 1.08 + (0.4 if title else 0)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for ax, (name, images) in zip(axes, rows.items()):
