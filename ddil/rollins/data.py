@@ -55,7 +55,8 @@ class GuidanceRange:
     def scales(self, rows: np.ndarray) -> Tensor:
         """(n,): the guidance scales of some items."""
         item, which = rows % len(self.data), rows // len(self.data)
-        return torch.from_numpy(self.low + (self.high - self.low) * ((item * 0.6180339887498949 + which / self.copies) % 1)).float()
+        place = (item * 0.6180339887498949 + which / self.copies) % 1
+        return torch.from_numpy(self.low + (self.high - self.low) * place).float()
 
     def conditions(self, rows: np.ndarray) -> Cond:
         return with_inputs(self.data.conditions(rows % len(self.data)), guidance_scale=self.scales(rows))

@@ -24,12 +24,14 @@ __all__ = ['Forward', 'ConditionDropout']
 
 # %% ../../nbs/03_rollins/05_forward.ipynb #dc01c67a
 class Forward(RollIn):
-    """Forward-diffused data: z = alpha(t) x + sigma(t) eps, at the nodes of `grid` (which may be a function of the update) or, without one, at any time.
+    """Forward-diffused data: z = alpha(t) x + sigma(t) eps, at the nodes of `grid`; without one, at any time.
 
-    The noise is fresh, or, where the data set couples each sample with a noise of its own (a method `noise(rows)`), that one.
+    `grid` may be a function of the update. The noise is fresh, or, where the data set couples each sample with a noise
+    of its own (a method `noise(rows)`), that one.
     """
 
-    def __init__(self, data: Data, schedule: Schedule, grid: Tensor | Callable[[int], Tensor] | None = None, source: Source | int = Source()):
+    def __init__(self, data: Data, schedule: Schedule, grid: Tensor | Callable[[int], Tensor] | None = None,
+                 source: Source | int = Source()):
         if len(data) == 0:
             raise ValueError("the data set is empty: there is nothing to noise")
         self.data, self.schedule, self.source = data, schedule, Source.of(source)
@@ -64,7 +66,10 @@ class Forward(RollIn):
 
 # %% ../../nbs/03_rollins/05_forward.ipynb #57d3951f
 class ConditionDropout(RollIn):
-    """The states of `rollin`, each losing its condition with `probability` (`null` maps conditions to null conditions, as a denoiser's `null_condition`)."""
+    """The states of `rollin`, each losing its condition with `probability`.
+
+    `null` maps conditions to null conditions, as a denoiser's `null_condition` does.
+    """
 
     def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1, source: Source | int = Source()):
         constant(probability)  # raises if it is not one

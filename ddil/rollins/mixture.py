@@ -20,7 +20,8 @@ __all__ = ['Mixture']
 class Mixture(RollIn):
     """States from several roll-ins, each with its prior: parts = {"forward": (forward, 0.75), "collected": (replay, 0.25)}.
 
-    `mixing`: the whole "batch" comes from one part (published), or each "sample" from its own. Priors are numbers or Ramps and must add up to 1.
+    `mixing`: the whole "batch" comes from one part (published), or each "sample" from its own. Priors are numbers or Ramps.
+    Raises ValueError unless they add up to 1 at every update.
     """
 
     def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch", source: Source | int = Source()):
@@ -37,7 +38,8 @@ class Mixture(RollIn):
     def _prior(self, step: int) -> np.ndarray:
         prior = np.array([ramp(step) for ramp in self.priors.values()])
         if abs(prior.sum() - 1) > 1e-6:
-            raise ValueError(f"the priors of a mixture must add up to 1, at update {step} they are {dict(zip(self.parts, prior.tolist()))}")
+            raise ValueError("the priors of a mixture must add up to 1, "
+                             f"at update {step} they are {dict(zip(self.parts, prior.tolist()))}")
         return prior
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
@@ -58,8 +60,12 @@ class Mixture(RollIn):
     def log(self) -> dict[str, float]:
         """For each part the share asked and the share used since the beginning, and the part's own log."""
         total = max(self.asked.sum(), 1)
-        shares = {f"{name} {word}": float(value / total) for word, values in (("asked", self.asked), ("used", self.used)) for name, value in zip(self.parts, values)}
-        return shares | {f"{name} {key}": value for name, part in self.parts.items() for key, value in part.log().items()}
+        figures = {}
+        for word, values in (("asked", self.asked), ("used", self.used)):
+            figures |= {f"{name} {word}": float(value / total) for name, value in zip(self.parts, values)}
+        for name, part in self.parts.items():
+            figures |= {f"{name} {key}": value for key, value in part.log().items()}
+        return figures
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"asked": torch.from_numpy(self.asked), "used": torch.from_numpy(self.used)}

@@ -22,7 +22,8 @@ class Ramp:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.starts) != len(self.values) or not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
+        rising = list(self.starts) == sorted(set(self.starts)) and self.starts[:1] == (0,)
+        if len(self.starts) != len(self.values) or not rising:
             raise ValueError(f"a ramp needs one value for each start, and rising starts from update 0, not {self.starts} and {self.values}")
         if not all(0 <= value <= 1 for value in self.values):
             raise ValueError(f"probabilities must be in [0, 1], not {self.values}")

@@ -22,9 +22,10 @@ __all__ = ['Teacher']
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #476011af
 class Teacher:
-    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride]; a label is where the teacher arrives `look` of its steps on.
+    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride]; a label is `look` of its steps on.
 
-    `look` divides `stride` and is as long if not given (progressive distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
+    `look` divides `stride` and is as long if not given (progressive distillation); consistency methods look one step ahead.
+    Labels start at the nodes of `label_grid`.
     """
 
     def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim, look: int | None = None):
@@ -47,21 +48,23 @@ class Teacher:
                 raise ValueError(f"time {t} is not a node of {self._where(steps)}")
             return self.stops[place : place + steps + 1]
         place = torch.searchsorted(self._rising, -t.contiguous()).clamp(max=len(self._rising) - 2) * self.look
-        if readable(t) and (not torch.equal(self.grid[place], t) or place.max() + steps >= len(self.grid)):  # elsewhere looking would stall the device
+        if readable(t) and (not torch.equal(self.grid[place], t) or place.max() + steps >= len(self.grid)):  # else it would stall
             raise ValueError(f"states lie at times that are not nodes of {self._where(steps)}")
         return [t, *(self.grid[place + k] for k in range(1, steps + 1))]
 
     def _where(self, steps: int) -> str:
-        return f"the {'student' if self.look == self.stride else 'label'}'s grid, {steps} of the teacher's steps before its end: {self.label_grid.tolist()}"
+        whose = "student" if self.look == self.stride else "label"
+        return f"the {whose}'s grid, {steps} of the teacher's steps before its end: {self.label_grid.tolist()}"
 
-    def advance(self, z: Tensor, t: Time, cond: Cond = None, noise: Callable[[Tensor], Tensor] = torch.randn_like, steps: int | None = None) -> Tensor:
+    def advance(self, z: Tensor, t: Time, cond: Cond = None, noise: Callable[[Tensor], Tensor] = torch.randn_like,
+                steps: int | None = None) -> Tensor:
         """Where the teacher arrives `steps` of its steps (default: `look`) after (z, t).
 
         Every call starts a history of its own: a multistep solver takes the first step at first order. `noise` is for stochastic solvers.
         """
         with torch.inference_mode():
             stops = self._times(t, steps or self.look)
-            # Steps to the end of the whole grid, where that is known: only its last step is a final one. (Per sample, times of 0 tell.)
+            # Steps to the end of the whole grid, where known: only its last step is a final one. (Per sample, times of 0 tell.)
             remaining = len(self.stops) if isinstance(t, Tensor) else len(self.stops) - 1 - self.stops.index(t)
             memory = Memory(noise, remaining)
             for start, end in zip(stops, stops[1:]):
