@@ -28,7 +28,7 @@ class Command:
         """One of its two functions: `part` is "options" or "command"."""
         return getattr(importlib.import_module(self.module), f"{self.stem}_{part}")
 
-
+# %% ../nbs/10_lab/17_cli.ipynb #afea0fd0
 _DISTIL = ("ddil.distil.command", "distil")
 COMMANDS: dict[str, Command] = {
     "doctor": Command(*_DISTIL, "estimate memory and time, and check everything, before anything is launched"),

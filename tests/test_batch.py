@@ -21,7 +21,7 @@ from ddil.lab import runner
 from ddil.lab.batch import Run
 from ddil.lab.executors import Local, Slurm, Task
 from ddil.lab.job import prepare_run, read_json
-from ddil.lab.precheck import check
+from ddil.lab.precheck import check_batches
 from ddil.lab.runner import Scheduler, run_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +161,7 @@ def test_a_batch_to_its_end(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_killed_process_loses_its_step_alone(place: Path) -> None:
     """kill -9 of papermill's process: the run is interrupted, its kernel does not linger, and it goes on where it was."""
     (place / "small.yaml").write_text("notebook: tiny.ipynb\nruns: [{name: slow, parameters: {steps: 30, pause: 0.1}}]\n")
-    checked = check(["small.yaml"])
+    checked = check_batches(["small.yaml"])
     schedule, at = Scheduler(checked, Local(1)), Path("runs/small/slow/at")
     schedule.round()
     until(lambda: at.exists() and int(at.read_text()) >= 3)
@@ -192,7 +192,7 @@ def test_a_killed_runner_is_followed_by_another(place: Path) -> None:
     one.kill()
     one.wait()
     at = int(Path("runs/small/slow/at").read_text())
-    tasks = run_batches(check(["small.yaml"]), Local(1), pause=0.05)
+    tasks = run_batches(check_batches(["small.yaml"]), Local(1), pause=0.05)
     assert states(tasks) == {"slow": "done", "next": "done"} and at < 40
     assert [step for step, _ in traced("slow")] == list(range(40)) and len({process for _, process in traced("slow")}) == 1
 
@@ -201,16 +201,16 @@ def test_other_parameters_begin_anew(place: Path) -> None:
     """A run with other parameters, or of other code, does not mix with what lies in its folder; that is moved aside."""
     batch = lambda steps: (place / "small.yaml").write_text(f"notebook: tiny.ipynb\ndefaults: {{steps: {steps}}}\ngrid: {{rate: [0.5]}}\n")
     batch(2)
-    assert states(run_batches(check(["small.yaml"]), Local(1), pause=0.05)) == {"rate=0.5": "done"}
+    assert states(run_batches(check_batches(["small.yaml"]), Local(1), pause=0.05)) == {"rate=0.5": "done"}
     batch(3)
-    [task] = run_batches(check(["small.yaml"]), Local(1), pause=0.05)
+    [task] = run_batches(check_batches(["small.yaml"]), Local(1), pause=0.05)
     assert task.state == "done" and [step for step, _ in traced("rate=0.5")] == [0, 1, 2]
     [aside] = Path("runs/small/.before").iterdir()
     assert read_json(aside / "done.json")["parts"]["parameters"]["steps"] == 2
-    [task] = run_batches(check(["small.yaml"]), Forgetful(), pause=0)
+    [task] = run_batches(check_batches(["small.yaml"]), Forgetful(), pause=0)
     assert task.state == "done", "it is done, and no executor is asked"
     notebook(place / "tiny.ipynb", PARAMETERS, CHECK, WORK.replace("{}", "[]"))
-    schedule = Scheduler(check(["small.yaml"]), Forgetful())
+    schedule = Scheduler(check_batches(["small.yaml"]), Forgetful())
     schedule.round()
     assert schedule.tasks[0].told.startswith("anew: the notebook's code")
 
@@ -250,7 +250,7 @@ class Instant(Forgetful):
 def test_two_hundred_runs(place: Path) -> None:
     """Each is begun once, and a second call begins none."""
     (place / "many.yaml").write_text("notebook: tiny.ipynb\ngrid: {steps: [" + ", ".join(map(str, range(1, 201))) + "]}\n")
-    checked, seen = check(["many.yaml"]), []
+    checked, seen = check_batches(["many.yaml"]), []
     tasks = run_batches(checked, Instant(), show=lambda tasks: seen.append(Counter(task.state for task in tasks)), pause=0)
     assert Counter(task.state for task in tasks) == {"done": 200} and len(seen) >= 25 and all(counts["running"] <= 8 for counts in seen)
     assert len(runner.status_table(tasks, height=20).splitlines()) == 1
@@ -293,7 +293,7 @@ resources: {minutes: 3, memory: 0.5}
 slurm: {partition: long, account: me}
 runs: [{name: first, parameters: {steps: 20, pause: 0.1}}, {name: failing, parameters: {mode: fails}}, {name: big, resources: {nodes: 1, cores: 2}, requires: [first]}]
 """)
-    checked = check(["small.yaml"])
+    checked = check_batches(["small.yaml"])
     before = Scheduler(checked, Slurm(options={"partition": "short"}, every=0, settle=0.5))
     before.round()
     assert [task.state for task in before.tasks] == ["pending", "pending", "queued"]
@@ -313,7 +313,7 @@ def test_ready_files_pass_the_check() -> None:
     here = os.getcwd()
     os.chdir(ROOT)
     try:
-        checked = check([path.relative_to(ROOT) for path in files])
+        checked = check_batches([path.relative_to(ROOT) for path in files])
     finally:
         os.chdir(here)
     assert {"reference", "table1-sd15", "tables2to4-sd15", "table5-inversion", "lcm-sd15", "dmd2-ssd1b", "sfd-cifar10"} <= {batch.name for batch in checked.batches}

@@ -48,7 +48,7 @@ class Resources(Form):
     gpus: Natural | None = Field(None, description="of one node")
     nodes: Count = Field(1, description="machines")
 
-
+# %% ../../nbs/10_lab/07_batch.ipynb #59034e63
 @dataclass(frozen=True)
 class Run:
     """One run: a notebook, its parameters (with `output`, the run's own folder), what it takes, the folders of runs that must be done before, and where a copy is kept."""
@@ -261,7 +261,7 @@ def _runs_of(given: Mapping[str, Any], entry: Mapping[str, Any], folder: Path, w
         needed = pointed | {folder.parent / other if "/" in other else folder / other for other in entry.get("requires", [])}
         yield Run(name, Path(notebook), {key: value for key, value in resolved.items() if key in names}, resources, tuple(sorted(needed)), Path(entry["keep"]) if "keep" in entry else None)
 
-
+# %% ../../nbs/10_lab/07_batch.ipynb #2236f2ea
 def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batch, list[str]]:
     """The batch in a file, its runs placed in `folder` (default: runs/NAME), and what is wrong with it so far."""
     path = Path(path)
@@ -281,7 +281,7 @@ def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batc
     batch = Batch(path.stem, folder, tuple(runs), given.get("pair", ()), tuple(given.get("requires", ())), slurm)
     return batch, [f"{path}: {line}" for line in [*problems, *_clashes(batch)]]
 
-
+# %% ../../nbs/10_lab/07_batch.ipynb #8509bb17
 def _clashes(batch: Batch) -> list[str]:
     """What is wrong with the runs of a batch together: names or places given twice, runs that wait for what there is not or for each other."""
     problems = [f"the name {name} is given to {count} runs" for name, count in Counter(run.name for run in batch.runs).items() if count > 1]

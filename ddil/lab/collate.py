@@ -240,7 +240,7 @@ class MetricTable:
         """The same for the paired differences; no rows where there are none."""
         return _grid(self.differences, [])
 
-
+# %% ../../nbs/10_lab/12_collate.ipynb #68b4ac30
 def _grid(rows: pd.DataFrame, papers: Sequence[Published]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
     quoted: dict[tuple[str, int], list[str]] = {}
     for mark, paper in zip("abcdefgh", papers):

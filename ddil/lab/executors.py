@@ -57,7 +57,7 @@ class Task:
         """Change the state, and note when."""
         self.state, self.told, self.since = state, told, time.time()
 
-
+# %% ../../nbs/10_lab/10_executors.ipynb #e30e0132
 class Executor(Protocol):
     """Who does the work: `start` begins those tasks that there is room for and returns them; `look` says "pending", "running" or "ended" of a task; `adopt` whether a task was begun by an earlier runner; `last_words` how one ended that left no verdict."""
 
@@ -89,7 +89,7 @@ def visible_gpus() -> list[str]:
     told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
     return told.stdout.split() if told.returncode == 0 else []
 
-
+# %% ../../nbs/10_lab/10_executors.ipynb #2118a541
 class Local:
     """Processes of this machine, at most `parallel` at once (default: one for each GPU, or for each core that OMP_NUM_THREADS leaves)."""
 

@@ -72,7 +72,7 @@ def _axes(figure: Picture, panels: int, across: int) -> list:
         ax.spines[["top", "right"]].set_visible(False)
     return list(axes[:panels])
 
-
+# %% ../../nbs/10_lab/13_figures.ipynb #7d7d23ab
 def figure_of(curves: Sequence[Curve], xlabel: str, ylabel: str, log_x: bool = False) -> Picture:
     """The curves with their intervals: one panel for few, small multiples for many. Raises ValueError without curves.
 

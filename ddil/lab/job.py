@@ -28,7 +28,7 @@ from ..files import file_hash, write_text
 from .precheck import named_paths
 
 # %% auto #0
-__all__ = ['Hashes', 'read_json', 'package_hash', 'parts_of', 'key_of', 'changes', 'at_work', 'standing', 'move_aside',
+__all__ = ['Hashes', 'read_json', 'package_hash', 'run_parts', 'key_of', 'changes', 'at_work', 'standing', 'move_aside',
            'prepare_run', 'work', 'log_end', 'last_line', 'progress_of', 'keep']
 
 # %% ../../nbs/10_lab/09_job.ipynb #87d4c12b
@@ -69,7 +69,7 @@ class Hashes:
             write_text(self.memory, json.dumps(self.known))
             self._fresh = False
 
-
+# %% ../../nbs/10_lab/09_job.ipynb #ec651596
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -90,7 +90,7 @@ def package_hash(folder: str | Path | None = None) -> str:
     return _digest([code, Hashes().of(assets) if assets.is_dir() else ""])
 
 
-def parts_of(run: Run, hashes: Hashes, package: str) -> dict[str, Any]:
+def run_parts(run: Run, hashes: Hashes, package: str) -> dict[str, Any]:
     """What decides a run's results; `package`: see `package_hash`. The folder that it writes into does not."""
     parameters = {name: value for name, value in run.parameters.items() if name != "output"}
     paths = {path for value in parameters.values() for path in named_paths(value) if Path(path).expanduser().exists()}
@@ -174,7 +174,7 @@ def _environment(task: Mapping[str, Any], folder: Path) -> None:
     if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1:
         os.environ["DDIL_SRUN"] = "1"  # ddil.training.launch starts what runs on the other nodes
 
-
+# %% ../../nbs/10_lab/09_job.ipynb #5f1ad97b
 def work(folder: Path) -> int:
     """Do the task in a run's folder. Returns the exit status: 0 done, 1 failed, 2 interrupted, 3 someone else is at it."""
     from nbclient.exceptions import DeadKernelError  # seconds, which who only looks at runs need not wait
@@ -197,7 +197,7 @@ def work(folder: Path) -> int:
         print(f"interrupted: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
-
+# %% ../../nbs/10_lab/09_job.ipynb #3ab75428
 def _execute(notebook: Path, folder: Path, parameters: dict) -> dict:
     """Run the notebook. Returns what is wrong, if it raised or left no results."""
     import papermill

@@ -125,7 +125,7 @@ class Book:
         os.replace(self.folder, output)
         shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../../nbs/10_lab/14_pages.ipynb #c909a6d0
 def root_of(address: str) -> str:
     """The way from a page back to the folder of its book, such as "../"."""
     return "../" * address.count("/")
@@ -181,7 +181,7 @@ def slug(text: str) -> str:
     """A heading as the name of a place: "Links, and formulas" → "links-and-formulas"."""
     return re.sub(r"[^\w]+", "-", re.sub(r"<[^>]+>", "", html.unescape(text)).lower()).strip("-") or "section"
 
-
+# %% ../../nbs/10_lab/14_pages.ipynb #5bf080c1
 class _Markdown(IPythonRenderer):
     """Renders the Markdown of one notebook, whose folder is `base`, for the page `address` of `book`."""
 

@@ -21,7 +21,7 @@ from .batch import Batch, BatchError, Run, code_cells, declared_parameters, read
 from ..forms import Form, UnusableValues
 
 # %% auto #0
-__all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check']
+__all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check_batches']
 
 # %% ../../nbs/10_lab/08_precheck.ipynb #abb66cb2
 def _calls_the_check(node: ast.AST) -> bool:
@@ -131,8 +131,8 @@ def _missing(run: Run, absent: Sequence[str]) -> list[str]:
     lines = [f"{name} = {path}" for name, path in named if not path.startswith(made or ("\0",))]
     return lines + [line for line in absent if not any(f"'{path}'" in line for _, path in named)]
 
-
-def check(paths: Sequence[str | Path], folder: str | Path | None = None) -> Checked:
+# %% ../../nbs/10_lab/08_precheck.ipynb #c71501a2
+def check_batches(paths: Sequence[str | Path], folder: str | Path | None = None) -> Checked:
     """Read and check batch files. Raises BatchError that lists all that is wrong with all runs of all of them."""
     if folder is not None and len(paths) > 1:
         raise BatchError(["--folder is the folder of one batch: give one file, or leave it out (then each has runs/NAME)"])

@@ -115,7 +115,7 @@ def _gallery(book: Book, run: ShownRun, alone: bool) -> list[dict[str, Any]]:
         cards.append({"title": title if alone else f"{title} ({run.name})", "lead": lead, "address": address, "thumb": thumb and book.picture(thumb.read_bytes(), thumb.suffix)})
     return cards
 
-
+# %% ../../nbs/10_lab/15_report.ipynb #4155f3fb
 def results_pages(book: Book, prefix: str, paths: Sequence[Path], again: str, against: str | None = None, title: str = "Results") -> list[str]:
     """Write the pages of results files into `book`, with addresses that begin with `prefix`; returns what keeps tables apart.
 
@@ -142,7 +142,7 @@ def results_menu(paths: Sequence[Path], prefix: str) -> tuple[list[tuple[str, st
     sources = {path: address for run in runs for path, address in run.notebooks.items()} | {path.parent: f"{prefix}{slug(run.experiment)}.html" for path, run in zip(paths, runs)}
     return [("All results", f"{prefix}index.html"), *((name.replace("_", " "), f"{prefix}{slug(name)}.html") for name in names)], sources
 
-
+# %% ../../nbs/10_lab/15_report.ipynb #f24a3f27
 def write_report(folders: Sequence[str | Path], output: str | Path = "runs/report", against: str | None = None) -> tuple[Path, list[str]]:
     """Collate the results below `folders` into pages at `output`; returns its index.html, and what keeps tables apart.
 

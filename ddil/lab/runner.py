@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 from .batch import Batch, BatchError, Run
 from .executors import Executor, Local, Slurm, Task
 from ..files import write_text
-from .job import Hashes, keep, last_line, move_aside, package_hash, parts_of, progress_of, read_json, standing
-from .precheck import Checked, check
+from .job import Hashes, keep, last_line, move_aside, package_hash, run_parts, progress_of, read_json, standing
+from .precheck import Checked, check_batches
 
 # %% auto #0
-__all__ = ['Scheduler', 'duration', 'status_table', 'Screen', 'alone', 'run_batches', 'expected_cost', 'rehearse', 'minutes_of',
-           'batch_options', 'batch_command']
+__all__ = ['Scheduler', 'duration', 'status_table', 'Screen', 'sole_runner', 'run_batches', 'expected_cost', 'intentions',
+           'minutes_of', 'batch_options', 'batch_command']
 
 # %% ../../nbs/10_lab/11_runner.ipynb #f164974e
 class Scheduler:
@@ -96,7 +96,7 @@ class Scheduler:
 
     def decide(self, task: Task) -> None:
         """Find out what is to be done: nothing, go on, or begin anew."""
-        parts = parts_of(task.run, self.hashes[task.batch.name], self.package)
+        parts = run_parts(task.run, self.hashes[task.batch.name], self.package)
         state, told = standing(task.folder, parts)
         if state == "done":
             self._finish(task)
@@ -154,9 +154,9 @@ class Screen:
                     self.stream.write(f"{time.strftime('%H:%M:%S')} {_line(task, 400).rstrip()}\n" if task.state != "queued" else "")
         self.stream.flush()
 
-
+# %% ../../nbs/10_lab/11_runner.ipynb #e97b71e2
 @contextlib.contextmanager
-def alone(batches: Sequence[Batch]) -> Iterator[None]:
+def sole_runner(batches: Sequence[Batch]) -> Iterator[None]:
     """Hold the batches' folders, each with a note of what its runs are. Raises BatchError if another runner holds one."""
     with contextlib.ExitStack() as held:
         for batch in batches:
@@ -174,7 +174,7 @@ def run_batches(checked: Checked, executor: Executor, retry: bool = False, show:
     for batch in checked.batches:
         batch.folder.mkdir(parents=True, exist_ok=True)
     show = show or Screen().show
-    with alone(checked.batches):
+    with sole_runner(checked.batches):
         schedule = Scheduler(checked, executor, retry)
         while schedule.round():
             show(schedule.tasks)
@@ -212,8 +212,8 @@ def expected_cost(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, f
     takes = run.resources
     return takes.minutes, takes.memory, "by the file" if takes.minutes or takes.memory else ""
 
-
-def rehearse(checked: Checked, executor: Executor) -> str:
+# %% ../../nbs/10_lab/11_runner.ipynb #4d0d31a0
+def intentions(checked: Checked, executor: Executor) -> str:
     """What would be done, as text."""
     schedule, lines, total, unknown = Scheduler(checked, executor), [], 0.0, 0
     for task in schedule.tasks:
@@ -233,7 +233,7 @@ def _intention(task: Task, schedule: Scheduler) -> str:
     absent = [place for place in task.run.requires if not (place / "done.json").exists()]
     if absent:
         return f"waits for {', '.join(place.name for place in absent)}"
-    state, told = standing(task.folder, parts_of(task.run, schedule.hashes[task.batch.name], schedule.package))
+    state, told = standing(task.folder, run_parts(task.run, schedule.hashes[task.batch.name], schedule.package))
     return {"new": "runs", "begun": "goes on", "other": f"runs anew: {told}", "failed": f"failed before: {last_line(told)} (--retry)"}.get(state, state)
 
 # %% ../../nbs/10_lab/11_runner.ipynb #cc9db884
@@ -262,7 +262,7 @@ def batch_options(command: argparse.ArgumentParser) -> None:
                              ("gpus", int, "of each node"), ("nodes", int, "of a run"), ("memory", float, "GiB of each node")):
         command.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"{told}; over what the file says" if name != "time" else told)
 
-
+# %% ../../nbs/10_lab/11_runner.ipynb #7d3e500e
 def _overridden(checked: Checked, given: argparse.Namespace) -> Checked:
     """The runs with the resources of the command line. Raises BatchError where --nodes is not what a run's own parameter says."""
     wanted = {name: getattr(given, name) for name in ("gpus", "nodes", "memory") if getattr(given, name) is not None}
@@ -279,13 +279,13 @@ def _executor(given: argparse.Namespace) -> Local | Slurm:
         return Local(given.parallel)
     return Slurm(given.parallel, {name: getattr(given, name) for name in ("partition", "account", "time") if getattr(given, name) is not None})
 
-
+# %% ../../nbs/10_lab/11_runner.ipynb #d6e70878
 def batch_command(given: argparse.Namespace) -> int:
     """Run `ddil batch`. Returns the exit status: 0 if all is done, 1 if some run is not, 2 if the batch cannot be started, 130 if it was stopped."""
     try:
-        checked, executor = _overridden(check(given.files, given.folder), given), _executor(given)
+        checked, executor = _overridden(check_batches(given.files, given.folder), given), _executor(given)
         if given.dry_run:
-            print(rehearse(checked, executor))
+            print(intentions(checked, executor))
             return 0
         unable = [f"run {run.name}: {line}" for run in checked.runs for line in (*(f"missing here: {line}" for line in checked.missing[run.folder]), *filter(None, [executor.refuses(run)]))]
         if unable:

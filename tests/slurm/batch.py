@@ -14,7 +14,7 @@ from test_batch import CHECK, PARAMETERS, ROOT, RUNNER, WORK, notebook, until  #
 
 from ddil.lab.executors import Slurm  # noqa: E402
 from ddil.lab.job import read_json  # noqa: E402
-from ddil.lab.precheck import check  # noqa: E402
+from ddil.lab.precheck import check_batches  # noqa: E402
 from ddil.lab.runner import Scheduler  # noqa: E402
 
 # Two processes on each of two nodes add up their ranks.
@@ -109,7 +109,7 @@ def main() -> None:
     three = subprocess.run([*command, "--retry"], capture_output=True, text=True)
     print(three.stdout, three.stderr)
     assert three.returncode == 0 and not queue()
-    schedule = Scheduler(check(["small.yaml"]), Slurm())
+    schedule = Scheduler(check_batches(["small.yaml"]), Slurm())
     schedule.round()
     assert {task.state for task in schedule.tasks} == {"done"} or [task.run.name for task in schedule.tasks if task.state != "done"] == ["reader"]
     show("all is as it should be")
