@@ -867,6 +867,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                             'ddil.forms._flat': ('10_lab/forms.html#_flat', 'ddil/forms.py'),
                             'ddil.forms._help_text': ('10_lab/forms.html#_help_text', 'ddil/forms.py'),
                             'ddil.forms._lines_of': ('10_lab/forms.html#_lines_of', 'ddil/forms.py'),
+                            'ddil.forms._names_with_values': ('10_lab/forms.html#_names_with_values', 'ddil/forms.py'),
                             'ddil.forms._noun_of': ('10_lab/forms.html#_noun_of', 'ddil/forms.py'),
                             'ddil.forms._one_of_kinds': ('10_lab/forms.html#_one_of_kinds', 'ddil/forms.py'),
                             'ddil.forms._parts': ('10_lab/forms.html#_parts', 'ddil/forms.py'),

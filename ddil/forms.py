@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
@@ -246,9 +246,7 @@ class Form(BaseModel):
     Fields may be given by position too. Raises UnusableValues, a ValueError that lists every fault.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
-    )
+    model_config = dict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
     def __init__(self, /, *values: Any, **named: Any):
         named |= _by_position(type(self), values, named)
@@ -268,11 +266,8 @@ class Form(BaseModel):
     def read(cls, values: Mapping[str, Any] | None, what: str = "") -> Self:
         """The form with `values`, such as a YAML file's; a complaint calls them `what`. Raises UnusableValues."""
         what = what or f"the {_noun_of(cls)}"
-        if not isinstance(values or {}, Mapping):
-            example = f"{next(iter(cls.model_fields), 'name')}: …"
-            raise UnusableValues(what, [f"it must hold names with values, such as {example}, not {values!r}"])
         try:
-            return cls(**{str(name): value for name, value in (values or {}).items()})
+            return cls(**_names_with_values(cls, values or {}))
         except UnusableValues as error:
             raise UnusableValues(what, error.wrong, error.absent, error.good) from None
 
@@ -293,6 +288,14 @@ def _by_position(form: type[Form], values: Sequence[Any], named: Mapping[str, An
     if twice := [name for name in names[: len(values)] if name in named]:
         raise TypeError(f"{form.__name__} was given {', '.join(twice)} twice, by position and by name")
     return dict(zip(names, values))
+
+
+def _names_with_values(form: type[Form], values: Any) -> dict[str, Any]:
+    """The values by name. Raises UnusableValues for what is no mapping, such as a YAML file that holds a list."""
+    if isinstance(values, Mapping):
+        return {str(name): value for name, value in values.items()}
+    example = f"{next(iter(form.model_fields), 'name')}: …"
+    raise UnusableValues("", [f"it must hold names with values, such as {example}, not {values!r}"])
 
 
 def _all_faults(form: type[Form], values: Mapping[str, Any], error: ValidationError) -> UnusableValues:
