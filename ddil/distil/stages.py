@@ -294,9 +294,14 @@ def needs_pictures(plan: Plan) -> bool:
     noised = plan.entry.starts_at_data if plan.ddil is None else plan.collected != (1.0, 1.0)
     return judged or noised
 
-# %% ../../nbs/09_distil/04_stages.ipynb #2f030435
-def carry_out(plan: Plan) -> dict[int, Sampler]:
-    """Distil as the plan says, in this process or in as many as it asks for. Returns the students by their steps."""
+# %% ../../nbs/09_distil/04_stages.ipynb #03446239
+def carry_out(plan: Plan, problem: Problem | None = None) -> dict[int, Sampler]:
+    """Distil as the plan says, in this process or in as many as it asks for. Returns the students by their steps.
+
+    problem: one of your own, instead of the one that the plan names; it is distilled in this process.
+    """
+    if problem is not None:
+        return distil(problem, plan, bar=progress)
     if plan.processes * plan.nodes == 1:
         return _in_this_process(plan)
     task = Path(plan.output) / "plan.yaml"
