@@ -820,6 +820,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                                                             'ddil/distil/stages.py'),
                                     'ddil.distil.stages.Ready.grid': ('09_distil/stages.html#ready.grid', 'ddil/distil/stages.py'),
                                     'ddil.distil.stages.Ready.networks': ('09_distil/stages.html#ready.networks', 'ddil/distil/stages.py'),
+                                    'ddil.distil.stages._as_launched': ('09_distil/stages.html#_as_launched', 'ddil/distil/stages.py'),
                                     'ddil.distil.stages._beginner': ('09_distil/stages.html#_beginner', 'ddil/distil/stages.py'),
                                     'ddil.distil.stages._coarse': ('09_distil/stages.html#_coarse', 'ddil/distil/stages.py'),
                                     'ddil.distil.stages._denoisers': ('09_distil/stages.html#_denoisers', 'ddil/distil/stages.py'),

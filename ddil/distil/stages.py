@@ -209,14 +209,14 @@ def distil(problem: Problem, plan: Plan, folder: str | Path | None = None, accel
     """Carry out `plan` on `problem` in this process (one of several, if launched so), stage by stage, into `folder`.
 
     Returns the students by their number of steps, as loaded from disk, with averaged weights. bar(updates, text) may wrap
-    the updates of a stage. Raises ValueError, before anything is computed, for what cannot be done.
+    the updates of a stage. Raises ValueError, before anything is computed, for what cannot be done, and RuntimeError if
+    the plan asks for several processes and was not launched so.
     """
     check(problem, plan)
     folder = Path(folder or plan.output)
     on_cpu = plan.device == "cpu" or problem.student.device.type == "cpu"
     accelerator = accelerator or make_accelerator("cpu" if on_cpu else "auto", plan.precision)
-    if accelerator.num_processes != plan.processes * plan.nodes:
-        plan = plan.but(processes=accelerator.num_processes, nodes=1)
+    plan = _as_launched(plan, accelerator.num_processes)
     students: dict[int, Sampler] = {}
     before: Denoiser | None = None
     for index, steps in enumerate(plan.pairs):
@@ -226,6 +226,16 @@ def distil(problem: Problem, plan: Plan, folder: str | Path | None = None, accel
         students[steps[1]] = load_stage(place / "student", identity_of(problem, plan), accelerator.device)
         before = copy.deepcopy(students[steps[1]].denoiser)
     return students
+
+
+def _as_launched(plan: Plan, processes: int) -> Plan:
+    """The plan for the processes that there are. Raises RuntimeError if it asks for several, and another number."""
+    asked = plan.processes * plan.nodes
+    if asked == processes:
+        return plan
+    if asked > 1:
+        raise RuntimeError(f"the plan asks for {asked} processes, and this is one of {processes}: carry_out(plan) launches them")
+    return plan.but(processes=processes, nodes=1)
 
 # %% ../../nbs/09_distil/04_stages.ipynb #489e0631
 def train_stage(problem: Problem, plan: Plan, index: int, before: Denoiser | None, place: Path, accelerator: Accelerator, bar: Bar) -> None:
