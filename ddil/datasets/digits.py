@@ -38,24 +38,25 @@ def asset(name: str) -> Path:
 
 
 def digits_teacher(device: str | torch.device = "cpu") -> Sampler:
-    """The shipped teacher of the digits, unguided, with its 32-step sampler. Guide it with `Guided(teacher.denoiser, scale)`."""
+    """The shipped teacher of the digits, unguided, with its 32-step sampler.
+
+    Guide it with `Guided(teacher.denoiser, scale)`."""
     return Sampler.load(asset("digits-teacher"), device)
 
 
 def digits_classifier(device: str | torch.device = "cpu") -> Classifier:
-    """The shipped classifier of the digits, in evaluation mode; its `features` serve the Fréchet distance, density and coverage."""
+    """The shipped classifier of the digits, in evaluation mode.
+
+    Its `features` serve the Fréchet distance, density and coverage."""
     folder = asset("digits-classifier")
     unseal(folder, "reinstall the package, or run `make teacher`")
-    return (
-        Classifier.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        .eval()
-        .requires_grad_(False)
-        .to(device)
-    )
+    classifier = Classifier.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return classifier.eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/08_datasets/01_digits.ipynb #bec3aed9
 def digit_atoms(count: int = 200, bandwidth: float = 0.1) -> tuple[GaussianMixture, TensorData]:
-    """The exact teacher of the first `count` digits as points of 64 elements, smeared by `bandwidth`; and the points as a data set (unconditional)."""
+    """The exact teacher of the first `count` digits as points of 64 elements, smeared by `bandwidth`; and the points
+    as a data set without labels. Raises ValueError for more digits than there are."""
     data = digits()
     if not 1 <= count <= len(data):
         raise ValueError(f"there are {len(data)} digits, not {count}")

@@ -112,24 +112,38 @@ def split_inputs(cond: Cond) -> tuple[Cond, dict[str, Tensor]]:
     plain = base.get("condition") if base.keys() <= {"condition"} else base
     return plain, {key: value for key, value in cond.items() if key in INPUTS}
 
-# %% ../../nbs/01_diffusion/04_denoiser.ipynb #64bbebb3
-class Denoiser(nn.Module):
-    """`denoiser(z, t, cond) -> x_hat`, the only network signature of this library.
+# %% ../../nbs/01_diffusion/04_denoiser.ipynb #c811a272
+class _Described(nn.Module):
+    """What a denoiser says of itself.
 
-    z: (n, …) noisy states; t: one float or n float64 times in [0, 1]; cond: rows for n samples, or None;
-    x_hat: the clean estimate, shaped like z. `guidance_distilled` marks a student that imitates a guided teacher.
-    `prediction` is what the network inside outputs; `narrowest` names the layer that a judge looks at by default.
-    Raises ValueError for times or estimates of another shape."""
+    `guidance_distilled` marks a student that imitates a guided teacher; `inputs` are the further ones that it takes,
+    of INPUTS; `prediction` is what the network inside outputs; `narrowest` names the layer that a judge looks at."""
 
     guidance_distilled: bool = False
     evaluations: int = 0
-    inputs: tuple[str, ...] = ()  # further inputs that it takes, of INPUTS
+    inputs: tuple[str, ...] = ()
     prediction: str = "x"
     narrowest: str | None = None
 
     def __init__(self, schedule: Schedule):
         super().__init__()
         self.schedule = schedule
+
+    def named_layers(self) -> dict[str, nn.Module]:
+        """The layers that others may listen to, by their names."""
+        return dict(self.named_modules())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights, or of the buffers of a denoiser without weights (the CPU if it has neither)."""
+        return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
+
+# %% ../../nbs/01_diffusion/04_denoiser.ipynb #64bbebb3
+class Denoiser(_Described):
+    """`denoiser(z, t, cond) -> x_hat`, the only network signature of this library.
+
+    z: (n, …) noisy states; t: one float or n float64 times in [0, 1]; cond: rows for n samples, or None;
+    x_hat: the clean estimate, shaped like z. Raises ValueError for times or estimates of another shape."""
 
     def forward(self, z: Tensor, t: Time, cond: Cond = None) -> Tensor:
         check_times(t, z)
@@ -144,10 +158,6 @@ class Denoiser(nn.Module):
         """The clean estimate, for arguments of the right shapes."""
         raise NotImplementedError
 
-    def null_condition(self, cond: Cond) -> Cond:
-        """The condition that means "no condition", for as many samples as `cond` has. Raises ValueError without one."""
-        raise ValueError(_no_null(self, cond))
-
     def check_condition(self, cond: Cond, n: int) -> None:
         """Raise ValueError unless `cond` is a condition for `n` samples. Values are looked at on the CPU only."""
 
@@ -156,14 +166,9 @@ class Denoiser(nn.Module):
         """Whether there is a condition that means "no condition", which guidance needs."""
         return type(self).null_condition is not Denoiser.null_condition
 
-    def named_layers(self) -> dict[str, nn.Module]:
-        """The layers that others may listen to, by their names."""
-        return dict(self.named_modules())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights, or of the buffers of a denoiser without weights (the CPU if it has neither)."""
-        return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
+    def null_condition(self, cond: Cond) -> Cond:
+        """The condition that means "no condition", for as many samples as `cond` has. Raises ValueError without one."""
+        raise ValueError(_no_null(self, cond))
 
 # %% ../../nbs/01_diffusion/04_denoiser.ipynb #1a767bbc
 def _no_null(denoiser: Denoiser, cond: Cond) -> str:

@@ -81,7 +81,7 @@ class Draws:
 # %% ../../nbs/01_diffusion/03_noise.ipynb #0ed62da6
 @dataclass(frozen=True)
 class Source:
-    """What a run's random numbers depend on: its seed, and this process' share of each batch; and where noise is wanted."""
+    """What a run's random numbers depend on: its seed and this process' share of each batch; and where noise goes."""
 
     seed: int = 0
     shard: Shard = Shard()

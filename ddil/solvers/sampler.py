@@ -110,14 +110,10 @@ def _solver_from(
     learned.provenance = description["solver_provenance"]
     return learned.to(device).eval().requires_grad_(False), {}
 
-# %% ../../nbs/02_solvers/08_sampler.ipynb #9e12e579
+# %% ../../nbs/02_solvers/08_sampler.ipynb #0b51a381
 @dataclass
-class Sampler:
-    """A denoiser with the way it is meant to be sampled.
-
-    `shape`: of one sample. `solver`: a name, with `solver_options` such as {"order": 3}, or a trained AMED.
-    `guidance_scale`: of the teacher that it imitates, if any (the student itself is not to be guided again).
-    `provenance`: how it was made, in plain values. Raises ValueError for an unknown solver, option or grid."""
+class _Sampling:
+    """The parts of a sampler, checked. Raises ValueError for an unknown solver, option or grid."""
 
     denoiser: Denoiser
     grid: Tensor
@@ -144,6 +140,15 @@ class Sampler:
     def steps(self) -> int:
         """The number of steps that it was made for."""
         return len(self.grid) - 1
+
+# %% ../../nbs/02_solvers/08_sampler.ipynb #9e12e579
+@dataclass
+class Sampler(_Sampling):
+    """A denoiser with the way it is meant to be sampled.
+
+    `shape`: of one sample. `solver`: a name, with `solver_options` such as {"order": 3}, or a trained AMED.
+    `guidance_scale`: of the teacher that it imitates, if any (the student itself is not to be guided again).
+    `provenance`: how it was made, in plain values. Raises ValueError for an unknown solver, option or grid."""
 
     def sample(
         self, ids: Sequence[int], cond: Cond = None, *, steps: int | None = None, force: bool = False, **options: Any

@@ -143,7 +143,7 @@ def between(denoiser: Denoiser, t: Time, s: Time, r: Time, like: Tensor) -> Time
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #49251c1a
 def heun(denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None) -> Tensor:
-    """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1): two evaluations, one where the walk ends at 0."""
+    """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1): two evaluations, one where it ends at 0."""
     x_hat = denoiser(z, t, cond)
     there, finite = ddim_update(denoiser, z, x_hat, t, s), finite_ends(denoiser, t, s, z)
     if finite is False:
