@@ -29,9 +29,9 @@ from ..measure.images import SUFFIXES
 from ..diffusion.noise import generator
 
 # %% auto #0
-__all__ = ['Opener', 'FILE_COLUMNS', 'CAPTION_COLUMNS', 'CHOICES', 'TABLES', 'LOOKED_FOR', 'FORMATS', 'KINDS', 'Entry', 'Item',
-           'Dropped', 'square', 'rgb', 'opened', 'pictures', 'CaptionedImages', 'Reading', 'recognised',
-           'open_captions']
+__all__ = ['Opener', 'FILE_COLUMNS', 'CAPTION_COLUMNS', 'CAPTION_CHOICES', 'TABLES', 'LOOKED_FOR', 'FORMATS', 'FORMAT_OF_SUFFIX',
+           'Entry', 'Item', 'Dropped', 'square', 'rgb', 'opened', 'pictures', 'Books', 'items_of_group',
+           'CaptionedImages', 'Reading', 'recognised', 'open_captions']
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #89dba377
 Opener = Callable[[], Image.Image]
@@ -39,7 +39,9 @@ Opener = Callable[[], Image.Image]
 
 @dataclass
 class Entry:
-    """A key, its caption (None: there is none) and a way to open its picture (None: captions alone). Neighbours that share one `open` share the picture. `stamp`: size and time of the file."""
+    """A key, its caption (None: there is none) and a way to open its picture (None: captions alone). Neighbours
+    that share one `open` share the picture. `stamp`: size and time of the file.
+    """
 
     key: str
     caption: str | None
@@ -49,7 +51,9 @@ class Entry:
 
 @dataclass
 class Item:
-    """A caption and its picture, (size, size) RGB; `original`: height and width before it was resized; `crop`: top and left of the square in the resized picture, both as SDXL is told them."""
+    """A caption and its picture, (size, size) RGB; `original`: height and width before it was resized; `crop`: top
+    and left of the square in the resized picture, both as SDXL is told them.
+    """
 
     key: str
     caption: str
@@ -63,15 +67,17 @@ class Item:
 
 
 class Dropped(NamedTuple):
-    """An entry that became no item. `told`: what is wrong with it, or nothing, if it was a filter that took it."""
+    """An entry that became no item. `message`: what is wrong with it, or nothing, if it was a filter that took it."""
 
     reason: str
     key: str
-    told: str = ""
+    message: str = ""
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #b3875273
 def square(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The middle square of a picture at size × size, and its top and left, in pixels of the whole picture so resized."""
+    """The middle square of a picture at size × size, and its top and left, in pixels of the whole picture so
+    resized.
+    """
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -82,19 +88,28 @@ def square(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]
 def rgb(image: Image.Image) -> Image.Image:
     """A picture in RGB, on white where it is transparent. Raises ValueError for pixels of more than 8 bits."""
     if image.mode[0] in "IF":
-        raise ValueError(f"its pixels are of the kind {image.mode}, with no agreed black and white: save it with 8 bits a channel")
+        raise ValueError(
+            f"its pixels are of the kind {image.mode}, with no agreed black and white: save it with 8 bits a channel"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def opened(open: Opener, size: int, minimum_side: int = 0) -> tuple[Image.Image, tuple[int, int], tuple[int, int]] | None:
-    """The square picture, its original height and width, and the crop's top and left; None if a side is below `minimum_side`. Raises what the imaging library raises, or ValueError."""
+def opened(
+    open: Opener, size: int, minimum_side: int = 0
+) -> tuple[Image.Image, tuple[int, int], tuple[int, int]] | None:
+    """The square picture, its original height and width, and the crop's top and left; None if a side is below
+    `minimum_side`. Raises what the imaging library raises, or ValueError.
+    """
     with open() as source:
         width, height = source.size
         if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"its {width} x {height} pixels are more than Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}: scale it down, or raise that limit if you trust it")
+            raise ValueError(
+                f"its {width} x {height} pixels are more than Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}: scale"
+                " it down, or raise that limit if you trust it"
+            )
         if min(width, height) < minimum_side:
             return None
         image = rgb(ImageOps.exif_transpose(source))
@@ -113,13 +128,72 @@ def pictures(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     if group:
         yield group
 
+# %% ../../nbs/08_datasets/03_captions.ipynb #0edac82b
+class Books:
+    """What was dropped, by its reasons, and the names of what was skipped because it cannot be used."""
 
+    skip_limit: int
+    dropped: Counter
+    skipped: list[str]
+
+    def drop(self, dropped: dict[str, int], skipped: Iterable[str]) -> None:
+        """Note what was dropped and what was skipped. Raises ValueError if that exceeds the limit."""
+        self.dropped.update(dropped)
+        self.skipped += skipped
+        if (count := len(self.skipped)) > self.skip_limit:
+            more = f", and {count - 10} more" if count > 10 else ""
+            message = (
+                f"{count} items cannot be used, and skip_limit is {self.skip_limit}:"
+                f" {'; '.join(self.skipped[:10])}{more}"
+            )
+            raise ValueError(f"{message}. Mend or remove them, or raise skip_limit")
+
+    def kept(self, read: Iterable[Item | Dropped]) -> list[Item]:
+        """The items among what was read; the rest goes into the books."""
+        items, lost = [], []
+        for one in read:
+            (items if isinstance(one, Item) else lost).append(one)
+        if lost:
+            self.drop(
+                Counter(one.reason for one in lost), [f"{one.key} ({one.message})" for one in lost if one.message]
+            )
+        return items
+
+    def forget(self) -> None:
+        """Begin new books."""
+        self.dropped, self.skipped = Counter(), []
+
+    def check_some(self, kept: int, seen: int) -> None:
+        """Raise ValueError if nothing was kept."""
+        if kept == 0:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            raise ValueError(f"no items are left of {seen}: {reasons or 'the source is empty'}")
+
+# %% ../../nbs/08_datasets/03_captions.ipynb #ae7302e8
+def items_of_group(group: Sequence[Entry], size: int | None, minimum_side: int) -> list[Item | Dropped]:
+    """What becomes of entries that share one picture: of size × size pixels, or (size None) captions alone."""
+    captioned = [entry for entry in group if (entry.caption or "").strip()]
+    silent = [entry for entry in group if not (entry.caption or "").strip()]
+    lost: list[Item | Dropped] = [Dropped("without a caption", entry.key, "it has no caption") for entry in silent]
+    if not captioned or captioned[0].open is None or size is None:
+        return [*lost, *(Item(entry.key, entry.caption) for entry in captioned)]
+    key = captioned[0].key
+    try:
+        picture = opened(captioned[0].open, size, minimum_side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return [*lost, Dropped("unreadable", key, f"{type(error).__name__}: {error}")]
+    if picture is None:
+        return [*lost, Dropped(f"smaller than {minimum_side} pixels", key)]
+    return [*lost, *(Item(entry.key, entry.caption, *picture) for entry in captioned)]
+
+# %% ../../nbs/08_datasets/03_captions.ipynb #02472d36
 @dataclass
-class CaptionedImages:
-    """Items of `entries`, in their order. `size`: of the square pictures (None: captions alone); `minimum_side`: of the originals; `limit`: of entries; `identity`: plain values that decide the content.
-    `shards`: a stream's parts, which processes may share among them; `count`: of entries, where it is known.
+class CaptionedImages(Books):
+    """Items of `entries`, in their order.
 
-    Raises ValueError when more than `skip_limit` pictures had to be skipped (named), or when nothing was left, with the counts.
+    size: of the square pictures (None: captions alone); minimum_side: of the originals; limit: of entries; identity:
+    plain values that decide the content; shards: a stream's parts, which processes may share; count: of entries, where
+    known. Raises ValueError when more than `skip_limit` pictures had to be skipped (named), or when nothing is left.
     """
 
     entries: Callable[[], Iterable[Entry]]
@@ -143,39 +217,8 @@ class CaptionedImages:
         return list(self.shards) if self.shards and self.limit is None else [lambda: islice(self.entries(), self.limit)]
 
     def read(self, group: Sequence[Entry]) -> list[Item | Dropped]:
-        """What becomes of entries that share one picture."""
-        told = [entry for entry in group if (entry.caption or "").strip()]
-        lost: list[Item | Dropped] = [Dropped("without a caption", entry.key, "it has no caption") for entry in group if not (entry.caption or "").strip()]
-        if not told or told[0].open is None or self.size is None:
-            return [*lost, *(Item(entry.key, entry.caption) for entry in told)]
-        try:
-            found = opened(told[0].open, self.size, self.minimum_side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return [*lost, Dropped("unreadable", told[0].key, f"{type(error).__name__}: {error}")]
-        if found is None:
-            return [*lost, Dropped(f"smaller than {self.minimum_side} pixels", told[0].key)]
-        return [*lost, *(Item(entry.key, entry.caption, *found) for entry in told)]
-
-    def drop(self, dropped: dict[str, int], skipped: Iterable[str]) -> None:
-        """Put into the books what was dropped, by its reasons, and the names of what was skipped as unusable. Raises ValueError if that exceeds the limit."""
-        self.dropped.update(dropped)
-        self.skipped += skipped
-        if len(self.skipped) > self.skip_limit:
-            more = f", and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
-            raise ValueError(f"{len(self.skipped)} items cannot be used, and skip_limit is {self.skip_limit}: {'; '.join(self.skipped[:10])}{more}. Mend or remove them, or raise skip_limit")
-
-    def kept(self, found: Iterable[Item | Dropped]) -> list[Item]:
-        """The items among what was read; the rest goes into the books."""
-        items, lost = [], []
-        for one in found:
-            (items if isinstance(one, Item) else lost).append(one)
-        if lost:
-            self.drop(Counter(one.reason for one in lost), [f"{one.key} ({one.told})" for one in lost if one.told])
-        return items
-
-    def forget(self) -> None:
-        """Begin new books."""
-        self.dropped, self.skipped = Counter(), []
+        """What becomes of entries that share one picture. It changes nothing, so threads may read at once."""
+        return items_of_group(group, self.size, self.minimum_side)
 
     def __iter__(self) -> Iterator[Item]:
         self.forget()
@@ -186,13 +229,10 @@ class CaptionedImages:
             yield from items
         self.check_some(kept, seen)
 
-    def check_some(self, kept: int, seen: int) -> None:
-        """Raise ValueError if nothing was kept."""
-        if kept == 0:
-            raise ValueError(f"no items are left of {seen}: " + (", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "the source is empty"))
-
 # %% ../../nbs/08_datasets/03_captions.ipynb #49e4db23
-FILE_COLUMNS, CAPTION_COLUMNS, CHOICES = ("file_name", "image", "path", "filename", "file", "jpg", "png"), ("caption", "text", "prompt", "captions"), ("first", "all", "random")
+FILE_COLUMNS = ("file_name", "image", "path", "filename", "file", "jpg", "png")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "captions")
+CAPTION_CHOICES = ("first", "all", "random")
 
 
 @dataclass(frozen=True)
@@ -207,10 +247,17 @@ class Reading:
 
     def entries(self, key: str, told: object, open: Opener | None, stamp: str = "") -> list[Entry]:
         """The entries of a picture, of which a caption or several are told."""
-        captions = [text.strip() for text in (told if isinstance(told, (list, tuple)) else [told]) if isinstance(text, str) and text.strip()]
+        captions = [
+            text.strip()
+            for text in (told if isinstance(told, (list, tuple)) else [told])
+            if isinstance(text, str) and text.strip()
+        ]
         if self.caption == "random" and captions:
             captions = [captions[generator(self.seed, "caption", key).integers(len(captions))]]
-        return [Entry(key, text, open if self.images else None, stamp) for text in (captions if self.caption == "all" else captions[:1]) or [None]]
+        return [
+            Entry(key, text, open if self.images else None, stamp)
+            for text in (captions if self.caption == "all" else captions[:1]) or [None]
+        ]
 
     def columns(self, names: Iterable[str], where: object) -> tuple[str, str | None]:
         """The columns of captions and of pictures. Raises ValueError if there are none of these names."""
@@ -219,7 +266,11 @@ class Reading:
             known = usual if asked is None else (asked,)
             found.append(next((name for name in known if name in names), None))
             if found[-1] is None and (self.images or usual is CAPTION_COLUMNS):
-                raise ValueError(f"{where} has the columns {', '.join(names)}; {'one of ' if asked is None else ''}{', '.join(known)} is needed: say caption_column and file_column")
+                raise ValueError(
+                    f"{where} has the columns {', '.join(names)};"
+                    f" {'one of ' if asked is None else ''}{', '.join(known)} is needed: say caption_column and"
+                    " file_column"
+                )
         return found[0], found[1]
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #a1dc5d17
@@ -264,7 +315,7 @@ def _table(path: Path, reading: Reading) -> list[Entry]:
         entries += reading.entries(name, row.get(caption), *files[name])
     return entries
 
-
+# %% ../../nbs/08_datasets/03_captions.ipynb #e1dcc41f
 def _beside(folder: Path, reading: Reading) -> list[Entry]:
     """Pictures with NAME.txt beside them."""
     entries = []
@@ -277,36 +328,63 @@ def _beside(folder: Path, reading: Reading) -> list[Entry]:
 
 def _lines(path: Path, reading: Reading) -> list[Entry]:
     """A caption in every line that is not empty."""
-    return [Entry(str(number), line.strip()) for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
+    return [
+        Entry(str(number), line.strip())
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+        if line.strip()
+    ]
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #dba371dc
 def _coco(annotations: Path, reading: Reading) -> list[Entry]:
-    """COCO's layout: annotations/captions_NAME.json and the folder NAME beside `annotations`, or pictures beside the file."""
+    """COCO's layout: annotations/captions_NAME.json and the folder NAME beside `annotations`, or pictures beside
+    the file.
+    """
     content, told = json.loads(annotations.read_text(encoding="utf-8")), {}
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{annotations} has no 'images' and 'annotations', as COCO's captions_*.json have")
     for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
         told.setdefault(entry["image_id"], []).append(entry.get("caption"))
     found = sorted(content["images"], key=lambda picture: picture["id"])
-    folder = _coco_pictures(annotations, [picture["file_name"] for picture in found]) if reading.images and found else annotations.parent
-    return [entry for picture in found for entry in reading.entries(picture["file_name"], told.get(picture["id"]), *_file(folder / picture["file_name"], reading.images))]
+    folder = (
+        _coco_pictures(annotations, [picture["file_name"] for picture in found])
+        if reading.images and found
+        else annotations.parent
+    )
+    return [
+        entry
+        for picture in found
+        for entry in reading.entries(
+            picture["file_name"], told.get(picture["id"]), *_file(folder / picture["file_name"], reading.images)
+        )
+    ]
 
 
 def _coco_pictures(annotations: Path, names: list[str]) -> Path:
     """Where the pictures are. Raises FileNotFoundError if the first hundred are in none of the usual places."""
     root, name = annotations.parent.parent, annotations.stem.removeprefix("captions_")
-    places = [root / name, annotations.parent / name, root / "images", annotations.parent / "images", annotations.parent, root]
+    places = [
+        root / name,
+        annotations.parent / name,
+        root / "images",
+        annotations.parent / "images",
+        annotations.parent,
+        root,
+    ]
     for place in places:
         if any((place / file).exists() for file in names[:100]):
             return place
-    raise FileNotFoundError(f"the pictures of {annotations} ({names[0]}, …) are in none of {', '.join(map(str, places))}")
+    raise FileNotFoundError(
+        f"the pictures of {annotations} ({names[0]}, …) are in none of {', '.join(map(str, places))}"
+    )
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #4f7ec7f2
 def _need(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ImportError(f"this source needs the package {package}: pip install {package}, or pip install 'ddil[data]'") from None
+        raise ImportError(
+            f"this source needs the package {package}: pip install {package}, or pip install 'ddil[data]'"
+        ) from None
 
 
 def _from_bytes(data: bytes | None) -> Image.Image:
@@ -320,7 +398,9 @@ def _local(source: str) -> bool:
 
 
 def _urls(source: str) -> list[str]:
-    """The shards that a folder, a pattern or a url stands for. Raises FileNotFoundError for local ones that are not there."""
+    """The shards that a folder, a pattern or a url stands for. Raises FileNotFoundError for local ones that are not
+    there.
+    """
     path = Path(source)
     if path.is_dir() or _local(source) and any(sign in source for sign in "*?"):
         found = sorted(path.rglob("*.tar") if path.is_dir() else path.parent.glob(path.name))
@@ -329,21 +409,31 @@ def _urls(source: str) -> list[str]:
         urls = list(_need("webdataset").shardlists.expand_urls(source))
     missing = [url for url in urls if _local(url) and not Path(url).is_file()]
     if missing or not urls:
-        raise FileNotFoundError(f"{len(missing)} of {len(urls)} shards of {source} are not there: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(urls)} shards of {source} are not there:"
+            f" {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
     return urls
 
-
+# %% ../../nbs/08_datasets/03_captions.ipynb #ba74b4b1
 def _shard(url: str, reading: Reading) -> Iterator[Entry]:
     """The entries of one of WebDataset's shards. Raises ValueError naming the shard if it breaks off."""
     every = lambda urls: urls  # who reads which shard is decided here, not there
-    samples = iter(_need("webdataset").WebDataset(url, shardshuffle=False, nodesplitter=every, workersplitter=every, empty_check=False))
+    samples = iter(
+        _need("webdataset").WebDataset(
+            url, shardshuffle=False, nodesplitter=every, workersplitter=every, empty_check=False
+        )
+    )
     while True:
         try:
             sample = next(samples)
         except StopIteration:
             return
         except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-            raise ValueError(f"the shard {url} cannot be read to its end ({type(error).__name__}: {error}): fetch it again, or leave it out") from error
+            raise ValueError(
+                f"the shard {url} cannot be read to its end ({type(error).__name__}: {error}): fetch it again, or leave"
+                " it out"
+            ) from error
         picture = next((sample[kind] for kind in ("jpg", "jpeg", "png", "webp", "bmp") if kind in sample), None)
         yield from reading.entries(sample["__key__"], _told(sample, reading, url), partial(_from_bytes, picture))
 
@@ -363,11 +453,20 @@ def _told(sample: dict, reading: Reading, url: str) -> object:
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #906da89f
 def _stream(source: str, revision: str | None, split: str):
-    """A data set of Hugging Face's `datasets`, streamed, its pictures not decoded. Raises ValueError for a hub's without a revision."""
+    """A data set of Hugging Face's `datasets`, streamed, its pictures not decoded. Raises ValueError for a hub's
+    without a revision.
+    """
     datasets, path = _need("datasets"), Path(source)
     if not path.exists() and revision is None:
-        raise ValueError(f"there is no folder {source}; if it is the id of a data set on a hub, name its revision (best a commit's hash)")
-    options = {"split": split, "streaming": True, **({"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {})}
+        raise ValueError(
+            f"there is no folder {source}; if it is the id of a data set on a hub, name its revision (best a commit's"
+            " hash)"
+        )
+    options = {
+        "split": split,
+        "streaming": True,
+        **({"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}),
+    }
     if path.is_file():
         kind = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}.get(path.suffix)
         if kind is None:
@@ -384,20 +483,30 @@ def _stream(source: str, revision: str | None, split: str):
 
 
 def _json_files(folder: Path, split: str) -> list[str]:
-    """A folder's files of rows, of this split if they are named by splits; none where there are tables of the binary kinds. (The package would take pictures beside them for the data.)"""
+    """A folder's files of rows, of this split if they are named by splits; none where there are tables of the
+    binary kinds. (The package would take pictures beside them for the data.)
+    """
     if not folder.is_dir() or any(file.suffix in (".parquet", ".arrow") for file in folder.rglob("*")):
         return []
     rows = sorted(file for file in folder.rglob("*") if file.suffix in (".jsonl", ".json"))
     return [str(file) for file in rows if split in file.stem] or [str(file) for file in rows]
 
-
+# %% ../../nbs/08_datasets/03_captions.ipynb #8ea8acee
 def _picture(value: object, folder: Path) -> Image.Image:
     """The picture in a field of a data set: bytes, a path, or both."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None) if isinstance(value, bytes) else (None, value)
+    data, path = (
+        (value.get("bytes"), value.get("path"))
+        if isinstance(value, dict)
+        else (value, None) if isinstance(value, bytes) else (None, value)
+    )
     if isinstance(path, Image.Image):
         return path
     if data is None and isinstance(path, str):
-        return _need("datasets").Image().decode_example({"path": path, "bytes": None}) if "://" in path else Image.open(folder / path)
+        return (
+            _need("datasets").Image().decode_example({"path": path, "bytes": None})
+            if "://" in path
+            else Image.open(folder / path)
+        )
     return _from_bytes(data)
 
 
@@ -410,10 +519,24 @@ def _data_set_part(stream, number: int, count: int, reading: Reading, source: st
         yield from reading.entries(f"{number}/{place}", row.get(columns[0]), open)
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #4727291b
-LOOKED_FOR = {"coco": "annotations/captions_*.json", "table": f"a table ({', '.join(TABLES)}, or the only .csv or .jsonl)", "shards": "shards (*.tar)", "folder": f"pictures ({', '.join(SUFFIXES)}) with NAME.txt beside them",
-              "dataset": "files of a data set (*.parquet, *.arrow, *.jsonl, *.json)", "captions": "captions in the lines of a .txt file"}
+LOOKED_FOR = {
+    "coco": "annotations/captions_*.json",
+    "table": f"a table ({', '.join(TABLES)}, or the only .csv or .jsonl)",
+    "shards": "shards (*.tar)",
+    "folder": f"pictures ({', '.join(SUFFIXES)}) with NAME.txt beside them",
+    "dataset": "files of a data set (*.parquet, *.arrow, *.jsonl, *.json)",
+    "captions": "captions in the lines of a .txt file",
+}
 FORMATS = ("auto", *LOOKED_FOR)
-KINDS = {".csv": "table", ".jsonl": "table", ".json": "coco", ".txt": "captions", ".tar": "shards", ".parquet": "dataset", ".arrow": "dataset"}
+FORMAT_OF_SUFFIX = {
+    ".csv": "table",
+    ".jsonl": "table",
+    ".json": "coco",
+    ".txt": "captions",
+    ".tar": "shards",
+    ".parquet": "dataset",
+    ".arrow": "dataset",
+}
 
 
 def _in_folder(path: Path, format: str) -> Path | None:
@@ -421,7 +544,9 @@ def _in_folder(path: Path, format: str) -> Path | None:
     if format == "coco":
         found = sorted([*path.glob("annotations/captions_*.json"), *path.glob("captions_*.json")])
         if len(found) > 1:
-            raise ValueError(f"{path} has several annotations, {', '.join(file.name for file in found)}: name one of these files")
+            raise ValueError(
+                f"{path} has several annotations, {', '.join(file.name for file in found)}: name one of these files"
+            )
         return found[0] if found else None
     if format == "table":
         lone = [file for file in path.iterdir() if file.suffix in (".csv", ".jsonl")]
@@ -430,64 +555,99 @@ def _in_folder(path: Path, format: str) -> Path | None:
     if format == "shards":
         return path if any(path.rglob("*.tar")) else None
     if format == "folder":
-        return path if any(file.suffix.lower() in SUFFIXES and file.with_suffix(".txt").exists() for file in path.rglob("*")) else None
+        return (
+            path
+            if any(file.suffix.lower() in SUFFIXES and file.with_suffix(".txt").exists() for file in path.rglob("*"))
+            else None
+        )
     if format == "dataset":
-        return path if any(file.suffix in (".parquet", ".arrow", ".jsonl", ".json") for file in path.rglob("*")) else None
+        return (
+            path if any(file.suffix in (".parquet", ".arrow", ".jsonl", ".json") for file in path.rglob("*")) else None
+        )
     return None
 
-
+# %% ../../nbs/08_datasets/03_captions.ipynb #9bb1abfc
 def recognised(source: str, format: str = "auto") -> tuple[str, Path]:
-    """The format of a source, and the file or folder that decides it. Raises FileNotFoundError or ValueError naming what was looked for."""
+    """The format of a source, and the file or folder that decides it. Raises FileNotFoundError or ValueError naming
+    what was looked for.
+    """
     path, asked = Path(source), [name for name in LOOKED_FOR if format in ("auto", name)]
     if not _local(source) or (not path.exists() and source.endswith((".tar", ".tar.gz", ".tgz"))):
         return ("shards" if format == "auto" else format), path
     if format == "dataset" and not path.exists():
         return format, path  # a hub's
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {source}; for a data set on a hub say format 'dataset' and name its revision")
+        raise FileNotFoundError(
+            f"there is no file or folder {source}; for a data set on a hub say format 'dataset' and name its revision"
+        )
     if path.is_file():
-        kind = KINDS.get(path.suffix) if format == "auto" else format
+        kind = FORMAT_OF_SUFFIX.get(path.suffix) if format == "auto" else format
         if kind is None or kind == "folder":
-            raise ValueError(f"{source} is a file, of none of the kinds {', '.join(KINDS)}" if kind is None else f"{source} is no folder of pictures")
+            raise ValueError(
+                f"{source} is a file, of none of the kinds {', '.join(FORMAT_OF_SUFFIX)}"
+                if kind is None
+                else f"{source} is no folder of pictures"
+            )
         return kind, path
     for kind in asked:
         if (found := _in_folder(path, kind)) is not None:
             return kind, found
     bare = sum(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
-    raise ValueError(f"{source} has none of: {'; '.join(LOOKED_FOR[name] for name in asked)}" + (f". It has {bare} pictures, and nothing that captions them" if bare else ""))
+    raise ValueError(
+        f"{source} has none of: {'; '.join(LOOKED_FOR[name] for name in asked)}"
+        + (f". It has {bare} pictures, and nothing that captions them" if bare else "")
+    )
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #1ed5429a
-def open_captions(source: str, format: str = "auto", *, size: int | None = None, images: bool = True, minimum_side: int = 0, limit: int | None = None, skip_limit: int = 0, caption: str = "first",
-                  seed: int = 0, file_column: str | None = None, caption_column: str | None = None, revision: str | None = None, split: str = "train") -> CaptionedImages:
-    """Pictures with captions, or with images=False captions alone, from `source` (see above). `caption`: "first", "all" or "random", where a picture has several; `split`: of a data set.
+def open_captions(
+    source: str, format: str = "auto", *, size: int | None = None, images: bool = True, minimum_side: int = 0,
+    limit: int | None = None, skip_limit: int = 0, caption: str = "first", seed: int = 0, file_column: str | None = None,
+    caption_column: str | None = None, revision: str | None = None, split: str = "train",
+) -> CaptionedImages:
+    """Pictures with captions, or with images=False captions alone, from `source` (see above). `caption`: "first", "all"
+    or "random", where a picture has several; `split`: of a data set.
 
     Raises FileNotFoundError, ValueError or ImportError that says what was looked for, before anything is opened.
     """
-    if format not in FORMATS or caption not in CHOICES:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, and caption one of {', '.join(CHOICES)}, not {format!r}, {caption!r}")
+    if format not in FORMATS or caption not in CAPTION_CHOICES:
+        known = f"format must be one of {', '.join(FORMATS)}, and caption one of {', '.join(CAPTION_CHOICES)}"
+        raise ValueError(f"{known}, not {format!r}, {caption!r}")
     found, path = recognised(str(source), format)
-    images, reading = images and found != "captions", Reading(images and found != "captions", caption, seed, file_column, caption_column)
+    images = images and found != "captions"
     if images and (size is None or size < 1):
         raise ValueError("pictures need a size, in pixels; for captions alone say images=False")
+    reading = Reading(images, caption, seed, file_column, caption_column)
     options = {"size": size if images else None, "minimum_side": minimum_side, "limit": limit, "skip_limit": skip_limit}
     if found in ("shards", "dataset"):
         return _streamed(found, str(source), reading, revision, split, options)
-    listed = {"coco": _coco, "table": _table, "folder": _beside, "captions": _lines}[found](path, reading)
-    if not listed:
-        raise ValueError(f"{source} is empty: there are no entries in it")
-    decides = _hash(f"{Path(entry.key).name if Path(entry.key).is_absolute() else entry.key}\t{entry.caption}\t{entry.stamp}" for entry in listed)
-    return CaptionedImages(lambda: listed, {"format": found, "entries": len(listed), "sha256": decides}, count=len(listed), **options)
+    return _listed(found, path, reading, options)
+
+# %% ../../nbs/08_datasets/03_captions.ipynb #c837c980
+def _listed(found: str, path: Path, reading: Reading, options: dict) -> CaptionedImages:
+    """A source whose entries are known at once. Their keys, captions and stamps decide it. Raises ValueError if empty."""
+    entries = {"coco": _coco, "table": _table, "folder": _beside, "captions": _lines}[found](path, reading)
+    if not entries:
+        raise ValueError(f"{path} is empty: there are no entries in it")
+    key = lambda entry: Path(entry.key).name if Path(entry.key).is_absolute() else entry.key
+    decides = _hash(f"{key(entry)}\t{entry.caption}\t{entry.stamp}" for entry in entries)
+    identity = {"format": found, "entries": len(entries), "sha256": decides}
+    return CaptionedImages(lambda: entries, identity, count=len(entries), **options)
 
 
 def _hash(lines: Iterable[str]) -> str:
+    """A hash of some lines of text."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:16]
 
-
-def _streamed(found: str, source: str, reading: Reading, revision: str | None, split: str, options: dict) -> CaptionedImages:
-    """A source that is read as it comes. Local files decide it by their names, sizes and times; remote ones by their addresses and the revision."""
+# %% ../../nbs/08_datasets/03_captions.ipynb #9bd48201
+def _streamed(
+    found: str, source: str, reading: Reading, revision: str | None, split: str, options: dict
+) -> CaptionedImages:
+    """A source that is read as it comes. Local files decide it by their names, sizes and times; remote ones by
+    their addresses and the revision.
+    """
     if found == "shards":
         urls = _urls(source)
         shards = [partial(_shard, url, reading) for url in urls]
@@ -496,7 +656,19 @@ def _streamed(found: str, source: str, reading: Reading, revision: str | None, s
         count = stream.num_shards if hasattr(stream, "num_shards") else stream.n_shards
         shards = [partial(_data_set_part, stream, number, count, reading, source) for number in range(count)]
         urls = [str(file) for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [source]
-    files = [f"{Path(url).name} {_file(Path(url), True)[1]}" if _local(url) and Path(url).exists() else url for url in urls]
-    columns = {"file column": reading.file_column, "caption column": reading.caption_column, "caption": reading.caption, "seed": reading.seed if reading.caption == "random" else None}
-    identity = {"format": found, "sha256": _hash(files), **({"revision": revision, "split": split} if found == "dataset" else {}), **columns}
+    files = [
+        f"{Path(url).name} {_file(Path(url), True)[1]}" if _local(url) and Path(url).exists() else url for url in urls
+    ]
+    columns = {
+        "file column": reading.file_column,
+        "caption column": reading.caption_column,
+        "caption": reading.caption,
+        "seed": reading.seed if reading.caption == "random" else None,
+    }
+    identity = {
+        "format": found,
+        "sha256": _hash(files),
+        **({"revision": revision, "split": split} if found == "dataset" else {}),
+        **columns,
+    }
     return CaptionedImages(lambda: chain.from_iterable(shard() for shard in shards), identity, shards=shards, **options)

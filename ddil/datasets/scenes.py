@@ -26,23 +26,44 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..diffusion.noise import generator
 
 # %% auto #0
-__all__ = ['COLOURS', 'SHAPES', 'SIZES', 'PLACES', 'RELATIONS', 'COUNTS', 'SIDE', 'ATTRIBUTES', 'LARGE', 'WORDS', 'Scene',
-           'all_scenes', 'scenes', 'lay_out', 'draw', 'Scenes', 'SceneReader', 'Found', 'things_in', 'agreement',
-           'train_reader', 'read', 'attribute_accuracy', 'byte_pair_merges', 'write_tokenizer', 'tiny_pipeline']
+__all__ = ['PAINTS', 'SHAPES', 'RADII', 'PLACES', 'RELATIONS', 'COUNTS', 'SIDE', 'ATTRIBUTES', 'LARGE', 'WORDS', 'TINY_TEXT',
+           'TINY_VAE', 'TINY_UNET', 'TINY_SDXL', 'TINY_SCHEDULER', 'Scene', 'all_scenes', 'scenes', 'lay_out', 'draw',
+           'Scenes', 'SceneReader', 'Found', 'things_in', 'agreement', 'train_reader', 'read', 'attribute_accuracy',
+           'byte_pair_merges', 'write_tokenizer', 'tiny_pipeline']
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #07d62a16
-COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 1.0), "yellow": (0.95, 0.85, 0.1), "pink": (0.95, 0.4, 0.85), "white": (0.95, 0.95, 0.95)}
+PAINTS = {
+    "red": (0.9, 0.15, 0.15),
+    "green": (0.15, 0.75, 0.2),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (0.95, 0.85, 0.1),
+    "pink": (0.95, 0.4, 0.85),
+    "white": (0.95, 0.95, 0.95),
+}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": (2.9, 3.7), "large": (5.6, 6.8)}  # radius in pixels
-PLACES = {"": None, "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0), "on the right": (1, 0)}  # direction from the middle, x to the right, y down
-RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # of the first thing, seen from the second
+RADII = {"small": (2.9, 3.7), "large": (5.6, 6.8)}  # radius in pixels
+PLACES = {
+    "": None,
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+}  # direction from the middle, x to the right, y down
+RELATIONS = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+}  # of the first thing, seen from the second
 COUNTS = {"two": 2, "three": 3, "four": 4}
 SIDE = 32  # pixels
 
-
+# %% ../../nbs/08_datasets/02_scenes.ipynb #ea836c56
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: `things`, one or two pairs of colour and shape; a size and a place of a single thing; a relation of two; a count of one kind."""
+    """What a caption says: `things`, one or two pairs of colour and shape; a size and a place of a single thing; a
+    relation of two; a count of one kind.
+    """
 
     things: tuple[tuple[str, str], ...]
     size: str = ""
@@ -52,6 +73,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The sentence that says it."""
         (colour, shape), *other = self.things
         if self.count:
             return f"{self.count} {colour} {shape}s"
@@ -63,9 +85,13 @@ class Scene:
 @lru_cache(maxsize=1)
 def all_scenes() -> tuple[Scene, ...]:
     """Every scene that can be said, in one order."""
-    kinds = list(product(COLOURS, SHAPES))
-    single = [Scene((kind,), size=size, place=place) for kind, size, place in product(kinds, SIZES, PLACES)]
-    pairs = [Scene((one, other), relation=relation) for one, other, relation in product(kinds, kinds, RELATIONS) if one[0] != other[0] and one[1] != other[1]]
+    kinds = list(product(PAINTS, SHAPES))
+    single = [Scene((kind,), size=size, place=place) for kind, size, place in product(kinds, RADII, PLACES)]
+    pairs = [
+        Scene((one, other), relation=relation)
+        for one, other, relation in product(kinds, kinds, RELATIONS)
+        if one[0] != other[0] and one[1] != other[1]
+    ]
     return (*single, *pairs, *(Scene((kind,), count=count) for kind, count in product(kinds, COUNTS)))
 
 
@@ -80,7 +106,7 @@ def scenes(split: str = "train") -> tuple[Scene, ...]:
 def _layouts(scene: Scene, rng: np.random.Generator, tries: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Centres (tries, things, 2) and radii (tries, things), in pixels, of which some may not be possible."""
     count = COUNTS.get(scene.count, len(scene.things))
-    low, high = SIZES[scene.size] if scene.size else (3.2, 5.2) if len(scene.things) == 2 else SIZES["small"]
+    low, high = RADII[scene.size] if scene.size else (3.2, 5.2) if len(scene.things) == 2 else RADII["small"]
     radii = rng.uniform(low, high, (tries, count))
     return rng.uniform(0, SIDE, (tries, count, 2)), radii
 
@@ -119,7 +145,9 @@ def _inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.nda
 
 
 def draw(scene: Scene, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `index` of a scene: (3, 32, 32) float32 in [-1, 1], and what is at each pixel, (32, 32): 0, or 1 + 3 colour + shape."""
+    """Picture `index` of a scene: (3, 32, 32) float32 in [-1, 1], and what is at each pixel, (32, 32): 0, or 1 + 3
+    colour + shape.
+    """
     rng = generator(seed, "scene", index)
     centres, radii = lay_out(scene, rng)
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
@@ -128,14 +156,16 @@ def draw(scene: Scene, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     for i, ((cx, cy), radius) in enumerate(zip(centres, radii)):
         colour, shape = scene.things[i if scene.relation else 0]
         cover = np.clip(_inside(shape, x - cx, y - cy, radius) + 0.5, 0, 1)
-        tone = np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1)
+        tone = np.clip(np.array(PAINTS[colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1)
         picture += cover * (tone[:, None, None] - picture)
-        kinds[cover > 0.5] = 1 + 3 * list(COLOURS).index(colour) + SHAPES.index(shape)
+        kinds[cover > 0.5] = 1 + 3 * list(PAINTS).index(colour) + SHAPES.index(shape)
     return (2 * picture - 1).astype(np.float32), kinds
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #4df5eed5
 class Scenes:
-    """Pictures of the scenes of a split, without end: item i is picture i of a scene drawn for it, whatever else is asked for."""
+    """Pictures of the scenes of a split, without end: item i is picture i of a scene drawn for it, whatever else is
+    asked for.
+    """
 
     def __init__(self, split: str = "train", seed: int = 0):
         self.split, self.seed, self.scenes = split, seed, scenes(split)
@@ -148,7 +178,10 @@ class Scenes:
 
     @cached_property
     def _groups(self) -> list[list[Scene]]:
-        return [[scene for scene in self.scenes if kind(scene)] for kind in (lambda s: not s.relation and not s.count, lambda s: bool(s.relation), lambda s: bool(s.count))]
+        return [
+            [scene for scene in self.scenes if kind(scene)]
+            for kind in (lambda s: not s.relation and not s.count, lambda s: bool(s.relation), lambda s: bool(s.count))
+        ]
 
     def captions(self, indices: Iterable[int]) -> list[str]:
         """The captions of some items."""
@@ -165,14 +198,24 @@ class Scenes:
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #dab579ba
 class SceneReader(ModelMixin, ConfigMixin):
-    """A convolutional network that names what is at each pixel: nothing, or one of the colours and shapes. Dilations let it see a whole thing (17 pixels)."""
+    """A convolutional network that names what is at each pixel: nothing, or one of the colours and shapes.
+    Dilations let it see a whole thing (17 pixels).
+    """
 
     @register_to_config
     def __init__(self, width: int = 24):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(width, width, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(width, width, 3, padding=4, dilation=4), nn.ReLU())
-        self.head = nn.Conv2d(width, 1 + len(COLOURS) * len(SHAPES), 1)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=4, dilation=4),
+            nn.ReLU(),
+        )
+        self.head = nn.Conv2d(width, 1 + len(PAINTS) * len(SHAPES), 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (n, 19, 32, 32), of images (n, 3, 32, 32) in [-1, 1]."""
@@ -195,16 +238,26 @@ class Found:
 
 
 def things_in(kinds: np.ndarray, smallest: int = 9) -> list[Found]:
-    """The things of a picture whose pixels are named by `kinds` (32, 32); smaller ones than `smallest` pixels are specks, not things."""
+    """The things of a picture whose pixels are named by `kinds` (32, 32); smaller ones than `smallest` pixels are
+    specks, not things.
+    """
     found = []
-    for number, colour in enumerate(COLOURS):
+    for number, colour in enumerate(PAINTS):
         mask = (kinds > 0) & ((kinds - 1) // 3 == number)
         labels, count = ndimage.label(mask)
         for part in range(1, count + 1):
             pixels = labels == part
             if (area := int(pixels.sum())) >= smallest:
                 y, x = ndimage.center_of_mass(pixels)
-                found.append(Found(colour, SHAPES[np.bincount((kinds[pixels] - 1) % 3, minlength=3).argmax()], x + 0.5, y + 0.5, area))
+                found.append(
+                    Found(
+                        colour,
+                        SHAPES[np.bincount((kinds[pixels] - 1) % 3, minlength=3).argmax()],
+                        x + 0.5,
+                        y + 0.5,
+                        area,
+                    )
+                )
     return found
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #a0939e31
@@ -224,18 +277,26 @@ def agreement(scene: Scene, found: Sequence[Found]) -> dict[str, bool]:
     """For each attribute that the scene states, whether it is so in the picture; "all": whether all are."""
     count = COUNTS.get(scene.count, len(scene.things))
     wanted = sorted(scene.things * (count if scene.count else 1))
-    told = {"count": len(found) == count, "colour": sorted(thing.colour for thing in found) == sorted(colour for colour, _ in wanted),
-            "shape": sorted(thing.shape for thing in found) == sorted(shape for _, shape in wanted)}
+    told = {
+        "count": len(found) == count,
+        "colour": sorted(thing.colour for thing in found) == sorted(colour for colour, _ in wanted),
+        "shape": sorted(thing.shape for thing in found) == sorted(shape for _, shape in wanted),
+    }
     if scene.size:
         told["size"] = len(found) == 1 and (found[0].area > LARGE) == (scene.size == "large")
     if scene.place:
-        told["place"] = len(found) == 1 and float(np.array([found[0].x - SIDE / 2, found[0].y - SIDE / 2]) @ np.array(PLACES[scene.place])) > 2
+        told["place"] = (
+            len(found) == 1
+            and float(np.array([found[0].x - SIDE / 2, found[0].y - SIDE / 2]) @ np.array(PLACES[scene.place])) > 2
+        )
     if scene.relation:
         told["relation"] = _stands(scene, found)
     return {**told, "all": all(told.values()) and sorted((thing.colour, thing.shape) for thing in found) == wanted}
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #7967fcff
-def train_reader(pictures: Tensor, kinds: Tensor, updates: int = 600, batch: int = 64, seed: int = 0, progress=iter) -> SceneReader:
+def train_reader(
+    pictures: Tensor, kinds: Tensor, updates: int = 600, batch: int = 64, seed: int = 0, progress=iter
+) -> SceneReader:
     """A reader trained on pictures (n, 3, 32, 32) and what is at each of their pixels (n, 32, 32)."""
     torch.manual_seed(seed)
     reader = SceneReader()
@@ -256,13 +317,20 @@ def read(reader: SceneReader, images: Tensor, batch_size: int = 256) -> list[lis
     """The things in each of some images (n, 3, 32, 32) in [-1, 1]. Raises ValueError for another shape."""
     if images.shape[1:] != (3, SIDE, SIDE):
         raise ValueError(f"scenes are of shape (n, 3, {SIDE}, {SIDE}), not {tuple(images.shape)}")
-    return [things_in(named.numpy()) for part in images.split(batch_size) for named in reader(part.float()).argmax(1).cpu()]
+    return [
+        things_in(named.numpy()) for part in images.split(batch_size) for named in reader(part.float()).argmax(1).cpu()
+    ]
 
 
 def attribute_accuracy(reader: SceneReader, images: Tensor, asked: Sequence[Scene]) -> dict[str, Tensor]:
-    """For each attribute, and for "all", which images agree: (n,) of 1, 0 and, where the scene does not state it, NaN."""
+    """For each attribute, and for "all", which images agree: (n,) of 1, 0 and, where the scene does not state it,
+    NaN.
+    """
     told = [agreement(scene, found) for scene, found in zip(asked, read(reader, images), strict=True)]
-    return {name: torch.tensor([float(one[name]) if name in one else float("nan") for one in told]) for name in (*ATTRIBUTES, "all")}
+    return {
+        name: torch.tensor([float(one[name]) if name in one else float("nan") for one in told])
+        for name in (*ATTRIBUTES, "all")
+    }
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #7e25c674
 WORDS = sorted({word for scene in all_scenes() for word in scene.caption.split()})
@@ -275,7 +343,9 @@ def _letters() -> list[str]:
 
 
 def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges, in order, after which each of `words` is one piece: always that of the pair which occurs most often (Sennrich et al. 2016)."""
+    """The merges, in order, after which each of `words` is one piece: always that of the pair which occurs most
+    often (Sennrich et al. 2016).
+    """
     parts, merges = [[*word[:-1], f"{word[-1]}</w>"] for word in words], []
     while any(len(part) > 1 for part in parts):
         pairs = Counter(pair for part in parts for pair in pairwise(part))
@@ -286,43 +356,65 @@ def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
                     part[place : place + 2] = ["".join(merges[-1])]
     return merges
 
-
+# %% ../../nbs/08_datasets/02_scenes.ipynb #3ff9202e
 def write_tokenizer(folder: str | Path, words: Sequence[str] = WORDS, length: int = 16) -> Path:
-    """Write vocab.json, merges.txt and tokenizer_config.json of a CLIPTokenizer in which each of `words` is one token, for texts of `length` tokens."""
+    """Write the three files of a CLIPTokenizer in which each of `words` is one token, for texts of `length` tokens."""
     letters, merges = _letters(), byte_pair_merges(words)
-    pieces = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"])
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    ends = [f"{letter}</w>" for letter in letters]
+    pieces = dict.fromkeys([*letters, *ends, *map("".join, merges), begin, end])
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    special = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 # %% ../../nbs/08_datasets/02_scenes.ipynb #38690857
-def _tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, projected: bool) -> nn.Module:
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
-                            projection_dim=width, **ends)
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+TINY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_VAE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1,
+    "norm_num_groups": 4, "sample_size": 32, "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+}
+TINY_UNET = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
+    "norm_num_groups": 8, "attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "mid_block_type": "UNetMidBlock2DCrossAttn",
+}
+TINY_SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+             "projection_class_embeddings_input_dim": 6 * 8 + 16}
+TINY_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+                  "timestep_spacing": "trailing"}
 
 
-def _tiny_unet(sdxl: bool) -> UNet2DConditionModel:
-    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16} if sdxl else {}
-    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32 if sdxl else 16, attention_head_dim=2,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2DCrossAttn", **more)
+def _tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, kind: type) -> nn.Module:
+    """A text encoder of two layers."""
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
+    longest = tokenizer.model_max_length
+    return kind(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=longest, **sizes, **ends, **TINY_TEXT))
 
-
-def tiny_pipeline(folder: str | Path, kind: str = "StableDiffusion", prediction: str = "epsilon", seed: int = 0) -> Path:
-    """Write a pipeline of random weights (kind "StableDiffusion" or "StableDiffusionXL"), for trying the plumbing of a run. Returns the folder."""
+# %% ../../nbs/08_datasets/02_scenes.ipynb #c440d2af
+def tiny_pipeline(
+    folder: str | Path, kind: str = "StableDiffusion", prediction: str = "epsilon", seed: int = 0
+) -> Path:
+    """Write a pipeline of random weights, of the kind "StableDiffusion" or "StableDiffusionXL". Returns the folder."""
     folder, sdxl = Path(folder), kind == "StableDiffusionXL"
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"))
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=32,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing", prediction_type=prediction)
-    parts = {"vae": vae, "text_encoder": _tiny_text_encoder(tokenizer, 16, False), "tokenizer": tokenizer, "unet": _tiny_unet(sdxl), "scheduler": scheduler, "feature_extractor": None}
-    parts |= {"text_encoder_2": _tiny_text_encoder(tokenizer, 16, True), "tokenizer_2": tokenizer} if sdxl else {"safety_checker": None, "requires_safety_checker": False}
+    parts = {"vae": AutoencoderKL(**TINY_VAE), "text_encoder": _tiny_text_encoder(tokenizer, 16, CLIPTextModel)}
+    parts["unet"] = UNet2DConditionModel(**TINY_UNET, **(TINY_SDXL if sdxl else {}), cross_attention_dim=32 if sdxl else 16)
+    parts |= {"scheduler": DDIMScheduler(**TINY_SCHEDULER, prediction_type=prediction), "feature_extractor": None}
+    if sdxl:
+        parts["text_encoder_2"] = _tiny_text_encoder(tokenizer, 16, CLIPTextModelWithProjection)
+        parts["tokenizer_2"] = tokenizer
+    else:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    parts["tokenizer"] = tokenizer
     getattr(diffusers, f"{kind}Pipeline")(**parts).save_pretrained(folder, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2") if sdxl else ("tokenizer",):
         write_tokenizer(folder / name)
