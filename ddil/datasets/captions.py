@@ -601,8 +601,8 @@ def recognised(source: str, format: str = "auto") -> tuple[str, Path]:
 # %% ../../nbs/08_datasets/03_captions.ipynb #1ed5429a
 def open_captions(
     source: str, format: str = "auto", *, size: int | None = None, images: bool = True, minimum_side: int = 0,
-    limit: int | None = None, skip_limit: int = 0, caption: str = "first", seed: int = 0, file_column: str | None = None,
-    caption_column: str | None = None, revision: str | None = None, split: str = "train",
+    limit: int | None = None, skip_limit: int = 0, caption: str = "first", seed: int = 0, split: str = "train",
+    file_column: str | None = None, caption_column: str | None = None, revision: str | None = None,
 ) -> CaptionedImages:
     """Pictures with captions, or with images=False captions alone, from `source` (see above). `caption`: "first", "all"
     or "random", where a picture has several; `split`: of a data set.
@@ -622,9 +622,9 @@ def open_captions(
         return _streamed(found, str(source), reading, revision, split, options)
     return _listed(found, path, reading, options)
 
-# %% ../../nbs/08_datasets/03_captions.ipynb #c837c980
+# %% ../../nbs/08_datasets/03_captions.ipynb #4d4e7ff6
 def _listed(found: str, path: Path, reading: Reading, options: dict) -> CaptionedImages:
-    """A source whose entries are known at once. Their keys, captions and stamps decide it. Raises ValueError if empty."""
+    """A source whose entries are known at once: keys, captions and stamps decide it. Raises ValueError if empty."""
     entries = {"coco": _coco, "table": _table, "folder": _beside, "captions": _lines}[found](path, reading)
     if not entries:
         raise ValueError(f"{path} is empty: there are no entries in it")

@@ -395,10 +395,10 @@ def _tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, kind: type) -> nn.M
     """A text encoder of two layers."""
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
-    longest = tokenizer.model_max_length
-    return kind(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=longest, **sizes, **ends, **TINY_TEXT))
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    return kind(CLIPTextConfig(**sizes, **ends, **TINY_TEXT))
 
-# %% ../../nbs/08_datasets/02_scenes.ipynb #c440d2af
+# %% ../../nbs/08_datasets/02_scenes.ipynb #27be4983
 def tiny_pipeline(
     folder: str | Path, kind: str = "StableDiffusion", prediction: str = "epsilon", seed: int = 0
 ) -> Path:
@@ -407,7 +407,8 @@ def tiny_pipeline(
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"))
     parts = {"vae": AutoencoderKL(**TINY_VAE), "text_encoder": _tiny_text_encoder(tokenizer, 16, CLIPTextModel)}
-    parts["unet"] = UNet2DConditionModel(**TINY_UNET, **(TINY_SDXL if sdxl else {}), cross_attention_dim=32 if sdxl else 16)
+    added = {**TINY_SDXL, "cross_attention_dim": 32} if sdxl else {"cross_attention_dim": 16}
+    parts["unet"] = UNet2DConditionModel(**TINY_UNET, **added)
     parts |= {"scheduler": DDIMScheduler(**TINY_SCHEDULER, prediction_type=prediction), "feature_extractor": None}
     if sdxl:
         parts["text_encoder_2"] = _tiny_text_encoder(tokenizer, 16, CLIPTextModelWithProjection)
