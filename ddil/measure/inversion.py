@@ -154,8 +154,7 @@ class PromptSearch:
 
     def draw(self, n: int, *purpose: str | int) -> Draw:
         """`n` states, which depend on the seed and `purpose` alone."""
-        rng = generator(self.seed, "inversion", *purpose)
-        return draw_states(self.latents, self.model.schedule, self.knots, n, rng)
+        return draw_states(self.latents, self.model.schedule, self.knots, n, generator(self.seed, "inversion", *purpose))
 
     def loss(self, embeddings: Tensor, draw: Draw) -> Tensor:
         """Mean square error in the noise under the prompt of `embeddings`, (tokens, width). One pass of the encoder."""

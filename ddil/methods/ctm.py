@@ -73,7 +73,7 @@ class CTM(Method):
         denoising: float | str = "adaptive", weighting: str = "snr_plus_one",
     ):
         if longest < 1 or not (denoising == "adaptive" or (isinstance(denoising, (int, float)) and denoising >= 0)):
-            raise ValueError(f"longest must be 1 or more and denoising a weight or 'adaptive': {longest}, {denoising!r}")
+            raise ValueError(f"longest must be at least 1, denoising a weight or 'adaptive': {longest}, {denoising!r}")
         self.teacher, self.distance, self.longest = teacher, check_distance(distance), longest
         self.denoising, self.weighting = denoising, weighting
         self._weight, self._anywhere = weighting_by_name(weighting), Anywhere(teacher.grid.cpu())

@@ -131,7 +131,8 @@ class Samples(Delta):
         The next estimates are of the next one.
         """
         if self.memory:
-            self._bank = {name: value[: self.memory].clone() for name, value in _pool(self._bank, x, cond, step).items()}
+            pool = _pool(self._bank, x, cond, step)
+            self._bank = {name: value[: self.memory].clone() for name, value in pool.items()}
         self._now = step + 1
 
     def state_dict(self) -> dict[str, Tensor]:
