@@ -809,6 +809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                                                             'ddil/distil/problem.py'),
                                      'ddil.distil.problem.digits_problem': ( '09_distil/problem.html#digits_problem',
                                                                              'ddil/distil/problem.py'),
+                                     'ddil.distil.problem.first_sample': ('09_distil/problem.html#first_sample', 'ddil/distil/problem.py'),
                                      'ddil.distil.problem.has_pictures': ('09_distil/problem.html#has_pictures', 'ddil/distil/problem.py'),
                                      'ddil.distil.problem.items_of': ('09_distil/problem.html#items_of', 'ddil/distil/problem.py'),
                                      'ddil.distil.problem.kind_by_name': ('09_distil/problem.html#kind_by_name', 'ddil/distil/problem.py'),

@@ -39,9 +39,10 @@ from ..solvers.sampler import Sampler
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Bar', 'KINDS_OF_PROBLEM', 'Problem', 'check_problem', 'has_pictures', 'no_bar', 'Kind', 'problem_kind',
-           'kind_by_name', 'DigitsOptions', 'digits_problem', 'AtomsOptions', 'atoms_problem', 'random_features',
-           'ModelOptions', 'ScenesOptions', 'scene_items', 'items_of', 'problem_of_model', 'model_problem']
+__all__ = ['Bar', 'KINDS_OF_PROBLEM', 'Problem', 'first_sample', 'check_problem', 'has_pictures', 'no_bar', 'Kind',
+           'problem_kind', 'kind_by_name', 'DigitsOptions', 'digits_problem', 'AtomsOptions', 'atoms_problem',
+           'random_features', 'ModelOptions', 'ScenesOptions', 'scene_items', 'items_of', 'problem_of_model',
+           'model_problem']
 
 # %% ../../nbs/09_distil/02_problem.ipynb #f773b056
 @dataclass
@@ -70,13 +71,21 @@ class Problem:
         return self.teacher.denoiser if isinstance(self.teacher, Guided) else self.teacher
 
 # %% ../../nbs/09_distil/02_problem.ipynb #2878fe1e
+def first_sample(data: Data) -> Tensor | None:
+    """A clean sample, (1, …); None from data that know conditions alone, which refuse to give one."""
+    try:
+        return data[np.array([0])][0]
+    except ValueError:
+        return None
+
+
 def check_problem(problem: Problem) -> None:
     """Raise ValueError, before anything is computed, if the pieces of a problem do not fit each other."""
     if problem.teacher.schedule != problem.student.schedule:
         raise ValueError(f"student and teacher must walk on one schedule, not {problem.student.schedule} and {problem.teacher.schedule}")
     if len(problem.data) == 0:
         raise ValueError("the data set is empty")
-    sample = problem.data[np.array([0])][0]
+    sample = first_sample(problem.data)
     if sample is not None and tuple(sample.shape[1:]) != tuple(problem.shape):
         raise ValueError(f"the samples of the data have shape {tuple(sample.shape[1:])}, not the problem's {tuple(problem.shape)}")
     if not problem.description:
@@ -86,7 +95,7 @@ def check_problem(problem: Problem) -> None:
 
 def has_pictures(problem: Problem) -> bool:
     """Whether the data know clean samples, not conditions alone."""
-    return problem.data[np.array([0])][0] is not None
+    return first_sample(problem.data) is not None
 
 # %% ../../nbs/09_distil/02_problem.ipynb #88832c4d
 Bar = Callable[[Iterable, str], Iterable]
