@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +19,14 @@ from ..diffusion.schedule import Schedule, Time
 from ..diffusion.wrappers import Guided
 from .plan import Plan
 from .problem import Problem
-from .stages import stage_of
+from .stages import Ready, check, stage_of
+from ..solvers import sample
+from ..solvers.sampler import Sampler
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Idle', 'idle', 'Cost', 'cost_of', 'updates_within']
+__all__ = ['Idle', 'idle', 'Cost', 'cost_of', 'updates_within', 'Bought', 'cost_of_pair', 'spend']
 
 # %% ../../nbs/09_distil/05_budget.ipynb #edb4b335
 class _Middle(nn.Module):
@@ -100,3 +105,67 @@ def updates_within(budget: float, trainer: Callable[[Settings], Trainer], settin
     """
     run = trainer(settings.but(updates=trial, batch=rows)).fit()
     return max(1, round(budget * trial * rows / (sum(run.evaluations.values()) * settings.batch)))
+
+# %% ../../nbs/09_distil/05_budget.ipynb #78db64c4
+@dataclass
+class Bought:
+    """What a part of a budget bought: a trained stage, its student (the average, if one is kept), evaluations in all, and the log."""
+
+    ready: Ready
+    student: Denoiser
+    evaluations: int
+    history: list[dict]
+    guidance_scale: float | None = None
+
+    def takes(self, steps: int) -> bool:
+        """Whether the student may be sampled in so many steps."""
+        teacher, entry = self.ready.stage.teacher, self.ready.entry
+        any_divisor = entry.steps in ("once", "same") and (len(teacher.grid) - 1) % steps == 0
+        return any_divisor or steps == len(teacher.student_grid) - 1
+
+    def sampler(self, steps: int) -> Sampler:
+        """The student with so many steps of its teacher's grid."""
+        stage, entry = self.ready.stage, self.ready.entry
+        grid = stage.teacher.grid[:: (len(stage.teacher.grid) - 1) // steps]
+        return Sampler(entry.finished(self.student, steps, self.guidance_scale), grid, stage.shape, entry.solver, self.guidance_scale)
+
+# %% ../../nbs/09_distil/05_budget.ipynb #cf4da106
+def cost_of_pair(problem: Problem, plan: Plan, index: int = 0) -> int:
+    """Evaluations of the teacher for one pair of noise and sample."""
+    stage = stage_of(idle(problem), plan, index, None if index == 0 else Idle(problem.student.schedule)).stage
+    teacher = stage.teacher
+    sample(teacher.denoiser, [0], stage.shape, teacher.grid.cpu(), stage.data.conditions(np.zeros(1, int)), teacher.solver)
+    return teacher.denoiser.evaluations
+
+
+def spend(budget: float, problem: Problem, plan: Plan, pairs: float = 1 / 3) -> list[Bought]:
+    """Train all stages of a plan within `budget` network evaluations, each for an equal part; `pairs`: the share of a part
+    that pays for pairs, where the method learns from them. Raises ValueError for what cannot be done."""
+    check(problem, plan)
+    bought: list[Bought] = []
+    for index in range(len(plan.pairs)):
+        before = bought[-1].student if bought else None
+        bought.append(_buy(budget / len(plan.pairs), problem, plan, index, before, pairs))
+    return bought
+
+
+def _buy(budget: float, problem: Problem, plan: Plan, index: int, before: Denoiser | None, share: float) -> Bought:
+    """One stage within a budget."""
+    asked = problem.teacher if before is None else before
+    if "pairs" in plan.entry.needs:
+        count = int(share * budget / cost_of_pair(problem, plan, index))
+        plan = plan.but(pairs=max(plan.batch, count))
+    with TemporaryDirectory() as place:
+        spent = -asked.evaluations
+        updates = _updates(budget, problem, plan, index)
+        ready = stage_of(problem, plan.but(updates=updates), index, before, place=Path(place))
+        spent += asked.evaluations                                                     # by pairs
+        run = Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings).fit()
+    return Bought(ready, run.finished(), spent + sum(run.evaluations.values()), run.history, problem.guidance_scale)
+
+
+def _updates(budget: float, problem: Problem, plan: Plan, index: int) -> int:
+    """Updates that a budget pays for beside the pairs, if there are any; 1 at least."""
+    pairs = getattr(plan.options, "pairs", 0)
+    left = budget - (pairs * cost_of_pair(problem, plan, index) if pairs else 0)
+    return max(1, round(left / (plan.batch * cost_of(problem, plan, index).evaluations)))
