@@ -99,7 +99,7 @@ def make_pairs(
     folder, decisive = Path(folder), {"seed": seed, "grid": check_grid(grid).tolist(), "shape": list(shape)}
     for first in tqdm(range(0, count, part), "pairs", disable=not progress):
         ids, place = np.arange(first, min(first + part, count)), folder / f"part-{first // part:05d}"
-        made_by = {"first": first, "count": len(ids), **decisive, **(description or {})}
+        made_by = {"first": first, "count": len(ids), **decisive, **({"of": description} if description else {})}
         if not _there(place, made_by):
             cond = None if conditions is None else conditions(ids)
             x = sample(denoiser, ids.tolist(), shape, grid, cond, solver, seed=seed)
