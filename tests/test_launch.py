@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import tiny
 import torch
 from diffusers import UNet2DConditionModel
 from forked import PROCESSES
-from torch import Tensor
+from torch import nn, Tensor
 
 from ddil.rollins.data import TensorData
 from ddil.diffusion.wrappers import Guided
@@ -27,12 +27,14 @@ from ddil.rollins.ddil import DDIL
 from ddil.training.parallel import kept
 from ddil.files import read_tensors, write_tensors
 from ddil.training.launch import VARIABLES, launch
+from ddil.methods.base import Method, Turn
 from ddil.methods.consistency import Consistency, Edges
 from ddil.methods.progressive import Progressive
 from ddil.diffusion.noise import Shard, Source
 from ddil.diffusion.grids import uniform_grid
 from ddil.diffusion.schedule import Cosine
 from ddil.solvers import consistency
+from ddil.rollins.states import States
 from ddil.rollins.teacher import Teacher
 from ddil.training.parallel import make_accelerator
 from ddil.training.settings import Settings
@@ -54,6 +56,28 @@ def student_of(frozen: bool = False) -> TextDenoiser:
     return student
 
 
+class Imitated(Progressive):
+    """A copy learns to predict almost what the student predicts, by a loss that reaches the student, too."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__(teacher)
+        self.networks = {"copy": student_of()}
+
+    def turns(self, step: int) -> list[Turn]:
+        return [*super().turns(step), Turn("copy", self.imitate)]
+
+    def imitate(self, networks: dict[str, nn.Module], states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        copy, student = (networks[name](states.z, states.t, states.cond) for name in ("copy", "student"))
+        return (copy - student - 0.1).square().mean(), {}
+
+
+METHODS: dict[str, Callable[[Teacher], Method]] = {
+    "progressive": Progressive,
+    "consistency": lambda teacher: Consistency(teacher, Edges([1.0, 0.0]), 0.5, "huber"),
+    "imitated": Imitated,
+}
+
+
 def trainer(folder: Path | None = None, method: str = "progressive", frozen: bool = False, mixing: str = "batch", progress: Any = iter, **changes: Any) -> Trainer:
     """A run on random latents and embeddings, with DDIL's states."""
     accelerator, settings, student = make_accelerator("cpu"), Settings(**{**SETTINGS, **changes}), student_of(frozen)
@@ -63,13 +87,14 @@ def trainer(folder: Path | None = None, method: str = "progressive", frozen: boo
     walks = {"solver": consistency} if method == "consistency" else {}
     states = DDIL((0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25)  # little reuse: each process also collects single rows
     rollin = states.states(student, teacher, data, (4, 8, 8), settings.updates, settings.batch, source, **walks)
-    ask = Progressive(teacher) if method == "progressive" else Consistency(teacher, Edges([1.0, 0.0]), 0.5, "huber")
+    ask = METHODS[method](teacher)
     return Trainer(student, ask, rollin, settings, folder, accelerator, progress)
 
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """Raw, averaged and following weights, and the optimiser's state, whole (all processes ask)."""
-    live = {"student": kept(run.student), "finished": run.finished().state_dict(), "optimiser": moments_of(run.learners)["optimizer-student"]}
+    live = {name: kept(network) for name, network in run.learners.networks.items()}
+    live |= {"finished": run.finished().state_dict(), "optimiser": moments_of(run.learners)["optimizer-student"]}
     live |= {name: kept(follower.network, run.student) for name, follower in run.learners.followers.items()}
     return {f"{part} {name}": run.distribution.gathered(value) for part, tensors in live.items() for name, value in tensors.items()}
 
@@ -116,14 +141,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Uninterrupted runs of two processes by distribution (what was learnt, and the folder), and what one process learns."""
     place = tmp_path_factory.mktemp("runs")
     alone = trainer(place / "alone").fit()
-    made: dict[str, Any] = {name: (together(name, place / f"{name}.safetensors", place / name), place / name) for name in ("ddp", "fsdp2")}
+    made: dict[str, Any] = {name: (together(name, place / f"{name}.safetensors", place / name), place / name) for name in VARIABLES}
     return {**made, "alone": (learnt(alone), place / "alone"), "start": {f"student {name}": value for name, value in kept(student_of()).items()}}
 
 
 # Holding and learning
 
 
-@pytest.mark.parametrize("distribution", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("distribution", VARIABLES)
 def test_two_processes_learn_what_one_does(distribution: str, launched: dict[str, Any]) -> None:
     """Raw and averaged weights and Adam's moments: to rounding, which is far less than what was learnt."""
     one, two = launched["alone"][0], launched[distribution][0]
@@ -132,7 +157,7 @@ def test_two_processes_learn_what_one_does(distribution: str, launched: dict[str
     assert min(moved) > 50 * ROUNDING and any(not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of()))
 
 
-@pytest.mark.parametrize("distribution", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("distribution", VARIABLES)
 def test_it_resumes_where_it_was(distribution: str, launched: dict[str, Any], tmp_path: Path) -> None:
     """Interrupted after three updates and resumed from the second: to the last bit the uninterrupted run."""
     half = together(distribution, tmp_path / "half.safetensors", tmp_path / "run", interrupt=True)
@@ -140,22 +165,39 @@ def test_it_resumes_where_it_was(distribution: str, launched: dict[str, Any], tm
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     whole, resumed = launched[distribution][0], together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run")
     assert tiny.largest_difference(resumed, whole) == 0 < tiny.largest_difference(half, whole)
-    if distribution == "fsdp2":  # a checkpoint is whole, so the run may go on under another distribution
+    if distribution != "ddp":  # a checkpoint is whole, so the run may go on under another distribution
         assert tiny.largest_difference(together("ddp", tmp_path / "other.safetensors", tmp_path / "copy"), whole) < ROUNDING
 
 
 def test_a_checkpoint_is_whole_under_every_distribution(launched: dict[str, Any]) -> None:
     """The files hold the same tensors, to rounding."""
-    (_, sharded), (_, replicated) = launched["fsdp2"], launched["ddp"]
-    for path in sorted(latest_checkpoint(sharded).glob("*.safetensors")):
-        one, two = read_tensors(path), read_tensors(latest_checkpoint(replicated) / path.name)
-        assert tiny.largest_difference({k: v.double() for k, v in one.items()}, {k: v.double() for k, v in two.items()}) < 10 * ROUNDING, path.name
+    doubled = lambda path: {name: value.double() for name, value in read_tensors(path).items()}
+    for path in sorted(latest_checkpoint(launched["ddp"][1]).glob("*.safetensors")):
+        for name in ("fsdp2", "zero2"):
+            other = latest_checkpoint(launched[name][1]) / path.name
+            assert tiny.largest_difference(doubled(path), doubled(other)) < 10 * ROUNDING, other
 
 
-def test_followers_are_shared_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", ["fsdp2", "zero2"])
+def test_followers_are_shared_too(distribution: str, tmp_path: Path) -> None:
     """A target network that follows a sharded student ends where it does on one process."""
-    one, two = learnt(trainer(method="consistency").fit()), together("fsdp2", tmp_path / "out.safetensors", method="consistency")
-    assert {name.split()[0] for name in two} == {"student", "finished", "optimiser", "target"} and tiny.largest_difference(one, two) < ROUNDING
+    one = learnt(trainer(method="consistency").fit())
+    two = together(distribution, tmp_path / "out.safetensors", method="consistency")
+    assert {name.split()[0] for name in two} == {"student", "finished", "optimiser", "target"}
+    assert tiny.largest_difference(one, two) < ROUNDING
+
+
+def test_samples_draw_their_drivers_under_zero2(tmp_path: Path) -> None:
+    """Parameters are whole during an update, so that processes may call the networks for other rows than each other."""
+    one, two = learnt(trainer(mixing="sample").fit()), together("zero2", tmp_path / "out.safetensors", mixing="sample")
+    assert tiny.largest_difference(one, two) < ROUNDING
+
+
+def test_two_networks_under_zero2(tmp_path: Path) -> None:
+    """A network beside the student learns in turns with it what it learns on one process."""
+    one, two = learnt(trainer(method="imitated").fit()), together("zero2", tmp_path / "out.safetensors", method="imitated")
+    assert {name.split()[0] for name in two} == {"student", "finished", "optimiser", "copy"}
+    assert tiny.largest_difference(one, two) < ROUNDING
 
 
 def test_frozen_weights_are_not_in_the_checkpoint(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def fingerprint(networks: dict[str, nn.Module], method: Method, rollin: RollIn, 
     shapes = {name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in networks.items()}
     return {
         **chosen, "betas": list(settings.betas), **method.describe(), "roll-in": type(rollin).__name__,
-        "processes": distribution.accelerator.num_processes, "precision": distribution.precision,
+        "processes": distribution.accelerator.num_processes, "precision": distribution.accelerator.mixed_precision,
         "schedule": schedule_to_dict(networks["student"].schedule),
         "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16], **(identity or {}),
     }

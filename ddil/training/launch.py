@@ -5,7 +5,6 @@
 # %% ../../nbs/06_training/09_launch.ipynb #617c8d55
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -22,19 +21,20 @@ import yaml
 from ..files import write_text
 
 # %% auto #0
-__all__ = ['DISTRIBUTIONS', 'VARIABLES', 'configuration', 'write_configuration', 'check_distribution', 'rendezvous',
+__all__ = ['FSDP2', 'DISTRIBUTIONS', 'VARIABLES', 'configuration', 'write_configuration', 'check_distribution', 'rendezvous',
            'check_places', 'launch']
 
 # %% ../../nbs/06_training/09_launch.ipynb #171e8236
+FSDP2 = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}  # what is gathered at a time: see ddil.training.parallel
 DISTRIBUTIONS: dict[str, dict] = {
     "ddp": {"distributed_type": "MULTI_GPU"},
-    "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_auto_wrap_policy": "NO_WRAP"}},  # units: see ddil.training.parallel
-    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 1, "zero3_init_flag": False}},
+    "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {**FSDP2, "fsdp_reshard_after_forward": True}},
+    "zero2": {"distributed_type": "FSDP", "fsdp_config": {**FSDP2, "fsdp_reshard_after_forward": False}},
 }
 VARIABLES: dict[str, dict[str, str]] = {  # what `accelerate launch` would set
-    "ddp": {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_DEEPSPEED": "false"},
-    "zero2": {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"},
+    "ddp": {"ACCELERATE_USE_FSDP": "false"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+    "zero2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
 }
 
 
@@ -54,11 +54,9 @@ def write_configuration(path: str | Path, distribution: str, processes: int, nod
 
 # %% ../../nbs/06_training/09_launch.ipynb #63c22134
 def check_distribution(distribution: str) -> None:
-    """Raise ValueError for an unknown distribution, ModuleNotFoundError for one whose package is missing."""
+    """Raise ValueError for an unknown distribution."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, not {distribution!r}")
-    if distribution == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        raise ModuleNotFoundError("the distribution 'zero2' needs the package deepspeed: pip install deepspeed, or choose 'ddp' or 'fsdp2'")
 
 # %% ../../nbs/06_training/09_launch.ipynb #07367d2b
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[int, str, int]:
@@ -82,8 +80,6 @@ def check_places(distribution: str, processes: int, nodes: int, device: str) -> 
     cards = 0 if device == "cpu" else torch.cuda.device_count()
     if cards and processes > cards or device == "cuda" and not cards:
         raise ValueError(f"{processes} processes need as many GPUs, and this machine shows {cards}: ask for fewer, or for device='cpu'")
-    if distribution == "zero2" and not cards:
-        raise ValueError("the distribution 'zero2' needs GPUs: choose 'ddp' or 'fsdp2' on the CPU")
 
 
 def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
@@ -104,7 +100,7 @@ def launch(task: str | Path, module: str, distribution: str = "ddp", processes: 
     """Run `python -m module task` in `processes` processes on each of `nodes` machines, and show what they say.
 
     On several machines every one calls this, or, where DDIL_SRUN is set, the first one for all. Interrupted, it takes its processes with it. Raises RuntimeError with the end of the output if they fail,
-    ValueError, ModuleNotFoundError or RuntimeError before anything is started if they could not run.
+    ValueError or RuntimeError before anything is started if they could not run.
     """
     check_places(distribution, processes, nodes, device)
     alone = nodes > 1 and "DDIL_SRUN" in os.environ

@@ -22,7 +22,8 @@ from .average import Follower
 from .best import Watch
 from .checkpoints import alone, Checkpoint, Checkpoints, fingerprint, latest_checkpoint
 from .journal import Evaluations, Guard, Journal, means
-from .parallel import distribution_of, fill_all, filled, form_of, kept, make_accelerator, Replicated, trained
+from .parallel import distribution_of, fill_all, filled, form_of, kept, load_optimizer, make_accelerator
+from .parallel import optimizer_tensors, Replicated, trained
 from .settings import checkpoint_gradients, make_optimizer, Settings
 
 # %% auto #0
@@ -38,9 +39,9 @@ def accumulate(loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]], state
         part = states[start : start + size] if parts > 1 else states
         share = len(part) / len(states)
         with distribution.part(network, last=start + size >= len(states)):
-            with distribution.autocast():
+            with distribution.accelerator.autocast():
                 value, logs = loss(part)
-            distribution.backward(network, value * share if parts > 1 else value)
+            distribution.accelerator.backward(value * share if parts > 1 else value)
         for key, number in {"loss": value, **logs}.items():
             sums[key] = sums.get(key, 0) + number.detach() * share
     return sums
@@ -69,6 +70,11 @@ class Learners:
         label = f"{name}, a {type(network).__name__},"
         return self.distribution.place(network, lambda parameters: make_optimizer(self.settings, parameters, label))
 
+    def gather(self) -> None:
+        """Make whole what the distribution wants whole during an update."""
+        targets = [follower.network for follower in self.followers.values()]
+        self.distribution.gather([*self.networks.values(), *targets])
+
     def take(self, turn: Turn, states: States, rate: float) -> dict[str, Tensor]:
         """One optimiser step of the network whose turn it is, at learning rate `rate`. Returns numbers for the log."""
         network, optimizer = self.prepared[turn.network], self.optimizers[turn.network]
@@ -96,7 +102,7 @@ def weights_of(learners: Learners) -> dict[str, dict[str, Tensor]]:
 def moments_of(learners: Learners) -> dict[str, dict[str, Tensor]]:
     """The states of the optimisers, by file."""
     parts = ((name, optimizer, learners.parameters[name]) for name, optimizer in learners.optimizers.items())
-    return {f"optimizer-{name}": learners.distribution.optimizer_tensors(optimizer, own) for name, optimizer, own in parts}
+    return {f"optimizer-{name}": optimizer_tensors(optimizer, own) for name, optimizer, own in parts}
 
 
 def restore(learners: Learners, checkpoint: Checkpoint) -> None:
@@ -104,7 +110,7 @@ def restore(learners: Learners, checkpoint: Checkpoint) -> None:
     for name, live in weights_of(learners).items():
         fill_all(live, checkpoint.shared(name), name)
     for name, optimizer in learners.optimizers.items():
-        learners.distribution.load_optimizer(optimizer, learners.parameters[name], checkpoint.shared(f"optimizer-{name}"))
+        load_optimizer(optimizer, learners.parameters[name], checkpoint.shared(f"optimizer-{name}"))
 
 # %% ../../nbs/06_training/07_trainer.ipynb #37707647
 class Trainer:
@@ -152,7 +158,8 @@ class Trainer:
     def update(self, step: int) -> None:
         """One update: states from the roll-in, and for each of the method's turns a loss and an optimiser step."""
         torch.manual_seed(int(generator(self.settings.seed, "update", step, self.accelerator.process_index).integers(1 << 63)))
-        with self.distribution.autocast():
+        self.learners.gather()
+        with self.accelerator.autocast():
             states = self.rollin.sample(self.settings.batch, step)
         logs: dict[str, Tensor] = {}
         for turn in self.method.turns(step):
