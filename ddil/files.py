@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # who writes text need not wait for PyTorch: `ddil batch` sta
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['file_hash', 'write_text', 'write_tensors', 'seal', 'unseal', 'read_tensors']
+__all__ = ['file_hash', 'flush', 'rename', 'write_text', 'write_tensors', 'seal', 'unseal', 'read_tensors']
 
 # %% ../nbs/06_training/03_files.ipynb #447cfd80
 def file_hash(path: str | Path) -> str:
@@ -28,13 +28,29 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def flush(path: str | Path) -> None:
+    """Return once the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, place: Path) -> None:
+    """Rename a file or folder whose content was flushed; on return the new name is on the disk."""
+    os.replace(source, place)
+    flush(place.parent)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file aside and rename it, so that `path` never holds half of it. Missing folders are made."""
+    """Write a file aside, flush it and rename it, so that `path` never holds half of it. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     aside.write_text(text)
-    os.replace(aside, path)
+    flush(aside)
+    rename(aside, path)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -42,17 +58,22 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path)
+    flush(path)
 
 # %% ../nbs/06_training/03_files.ipynb #73b8d3ff
 def seal(folder: Path, place: Path, description: dict) -> None:
-    """Complete the folder with `sealed.json`, the description and the hashes of all its files, and rename it to `place` (replacing what was there)."""
-    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "sealed.json"}
+    """Complete the folder with `sealed.json`, the description and the hashes of all its files, flush all, and rename it to
+    `place` (replacing what was there)."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "sealed.json"]
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
     (folder / "sealed.json").write_text(json.dumps({**description, "files": hashes}, indent=1))
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
     if place.exists():
         os.replace(place, old)
-    os.replace(folder, place)
+    rename(folder, place)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/06_training/03_files.ipynb #58009ba0

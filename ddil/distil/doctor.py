@@ -198,32 +198,20 @@ def memory(plan: Plan, rehearsal: Rehearsal) -> dict[str, int]:
     ready = rehearsal.ready
     learns = {name: _bytes(network, True) for name, network in ready.networks.items()}
     world, trained, largest = plan.processes * plan.nodes, sum(learns.values()), max(learns.values())
-<<<<<<< HEAD
-    sharded = plan.distribution in ("fsdp2", "zero2") and world > 1
-    held = world if plan.distribution == "fsdp2" else 1
-    state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // (world if sharded else 1)
+    share = 1 if plan.distribution == "ddp" else world
     half = 2 if plan.precision == "bf16" and plan.adapters == "full" else 1
+    whole = half if share > 1 and plan.distribution == "zero2" else 0
+    weights = lambda size: size // share + (size // whole if whole else 0)
+    state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // share
     parts = {
-        **{name: _bytes(network) // held for name, network in ready.networks.items()},
+        **{name: weights(_bytes(network)) for name, network in ready.networks.items()},
         "teacher": _bytes(innermost(ready.stage.teacher.denoiser)) // half,
-        "target": _bytes(ready.stage.student) * len(ready.method.followers),
-        "average": learns["student"] // held if plan.ema else 0, "optimiser": state,
-        "update (activations, gradients)": max(rehearsal.peak - (largest - largest // world if sharded else 0), 0),
+        "target": weights(_bytes(ready.stage.student)) * len(ready.method.followers),
+        "average": learns["student"] // share if plan.ema else 0, "optimiser": state,
+        "update (activations, gradients)": max(rehearsal.peak - (largest - largest // share), 0),
         "buckets of DDP": trained if world > 1 and plan.distribution == "ddp" else 0,
         "replay": plan.capacity // world * _state_bytes(ready) if ready.stage.ddil else 0,
     }
-=======
-    half = 2 if plan.precision == "bf16" else 1
-    share = 1 if plan.distribution == "ddp" else world
-    weights = lambda size: size // share + (size // half if share > 1 and plan.distribution == "zero2" else 0)
-    followers = len(made.method.followers) * weights(_bytes(made.student))
-    state = (1 if plan.optimizer == "adamw8bit" else 4) * 2 * trained // 4 // share
-    update = peak - (largest - largest // share)
-    collected = plan.method != "SFD" and any(plan.collected) and not plan.simulates
-    parts = {**{name: weights(_bytes(network)) for name, network in made.learners.items()}, "teacher": _bytes(made.teacher) // (half if plan.adapters == "full" else 1), "target": followers, "average": learns["student"] // share if plan.ema else 0, "optimiser": state,
-             "update (activations, gradients)": max(update, 0), "buckets of DDP": trained if world > 1 and plan.distribution == "ddp" else 0,
-             "replay": plan.capacity // world * shapes.bytes() if collected else 0}
->>>>>>> 2030fef (Plans may train several networks under ZeRO-2; the doctor counts what its processes hold)
     return {name: size for name, size in parts.items() if size}
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #b2ef8b95

@@ -170,8 +170,8 @@ class Plan(Where, What, HowLong, WhoseStates):
         """Adapters, distribution and precision go together."""
         if self.adapters == "lora" and self.compile_teacher:
             yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart from it"
-        if self.adapters == "lora" and self.distribution == "fsdp2":
-            yield "distribution = 'fsdp2': does not share out a frozen network that adapters sit on: choose 'ddp'"
+        if self.adapters == "lora" and self.distribution != "ddp":
+            yield f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: choose 'ddp'"
         if self.adapters == "lora" and self.entry.inputs(self.options):
             yield "adapters = 'lora': adapters on a shared network take no further inputs, which this method's student needs: choose 'full'"
 
