@@ -54,7 +54,18 @@ from ..rollins.walk import Walk
 from ..rollins.teacher import Teacher
 from ..diffusion.grids import karras_grid, uniform_grid, with_clean_end
 from ..diffusion.schedule import DiscreteVP, VarianceExploding
-from ..solvers import SOLVERS, Solver, adams_bashforth, consistency, ddim, dpm_solver_2, dpm_solver_pp_2m, dpm_solver_pp_3m, heun, walk
+from ddil.solvers import (
+    SOLVERS,
+    Solver,
+    adams_bashforth,
+    consistency,
+    ddim,
+    dpm_solver_2,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_3m,
+    heun,
+    walk,
+)
 from ..training.parallel import make_accelerator
 from ..training.settings import Settings
 from ..training.trainer import Trainer
@@ -69,14 +80,23 @@ __all__ = ['TRAJECTORY', 'Turns', 'START', 'SCHEDULERS', 'SAMPLERS', 'PARTS', 's
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #abf61c49
 def stopwatch(device: str | torch.device = "cpu") -> Callable[[], float]:
-    """A clock in seconds: this process' CPU time if it computes on one thread, else the wall's, read when the device has finished its work."""
+    """A clock in seconds: this process' CPU time if it computes on one thread, else the wall's, read when the
+    device has finished its work.
+    """
     if torch.device(device).type == "cuda":
         return lambda: (torch.cuda.synchronize(device), time.perf_counter())[1]
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def alternate(functions: dict[str, Callable[[], object]], rounds: int, now: Callable[[], float] = time.perf_counter, warm_up: int = 1) -> dict[str, np.ndarray]:
-    """Call each function in turn, in an order drawn for each round. Returns for each (rounds,) the durations by the clock `now`, warm-up rounds left out."""
+def alternate(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    now: Callable[[], float] = time.perf_counter,
+    warm_up: int = 1,
+) -> dict[str, np.ndarray]:
+    """Call each function in turn, in an order drawn for each round. Returns for each (rounds,) the durations by the
+    clock `now`, warm-up rounds left out.
+    """
     names, seconds = list(functions), {name: np.zeros(warm_up + rounds) for name in functions}
     for turn in range(warm_up + rounds):
         for k in generator(0, "alternate", turn).permutation(len(names)):
@@ -88,7 +108,9 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int, now: Call
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #b276504f
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio, what it ought to be at most (`better` "lower") or at least ("higher"), and its interquartile range over the repetitions."""
+    """One line of the table: a ratio, what it ought to be at most (`better` "lower") or at least ("higher"), and
+    its interquartile range over the repetitions.
+    """
 
     name: str
     ratio: float
@@ -110,20 +132,42 @@ class Row:
 def table_of_ratios(rows: Sequence[Row]) -> Table:
     """The rows as a table."""
     bound = {"lower": "≤", "higher": "≥"}
-    lines = [[row.name, f"{row.ratio:.3f}", f"{bound[row.better]} {row.target:g}", "yes" if row.ok else "**no**", f"{row.spread:.3f}"] for row in rows]
+    lines = [
+        [
+            row.name,
+            f"{row.ratio:.3f}",
+            f"{bound[row.better]} {row.target:g}",
+            "yes" if row.ok else "**no**",
+            f"{row.spread:.3f}",
+        ]
+        for row in rows
+    ]
     return Table.of(["ratio of", "measured", "target", "met", "spread"], lines)
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #6ba02958
 def text_problem(rows: int = 256, seed: int = 0, device: str | torch.device = "cpu") -> Problem:
-    """A text-to-image U-Net of 15 M random weights, guided, with `rows` random latents (4, 16, 16) and embeddings (77, 128)."""
+    """A text-to-image U-Net of 15 M random weights, guided, with `rows` random latents (4, 16, 16) and embeddings
+    (77, 128).
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(64, 128, 288), layers_per_block=1, cross_attention_dim=128,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+        sample_size=16,
+        block_out_channels=(64, 128, 288),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
     denoiser = TextDenoiser(unet.eval(), DiscreteVP(), "eps", torch.randn(77, 128)).to(device)
     student = copy.deepcopy(denoiser)
     student.guidance_distilled = True
-    return Problem(Guided(denoiser.requires_grad_(False), 7.5), student, TensorData(torch.randn(rows, 4, 16, 16), torch.randn(rows, 77, 128)), (4, 16, 16), 7.5)
+    return Problem(
+        Guided(denoiser.requires_grad_(False), 7.5),
+        student,
+        TensorData(torch.randn(rows, 4, 16, 16), torch.randn(rows, 77, 128)),
+        (4, 16, 16),
+        7.5,
+    )
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #668134c7
 def stage_trainer(problem: Problem, plan: Plan) -> Trainer:
@@ -141,7 +185,9 @@ def units(trainer: Trainer, updates: int) -> int:
 def collected_batches(plan: Plan, seed: int) -> np.ndarray:
     """(updates,) booleans: in which updates the mixture of this seed takes a collected batch."""
     prior, stage = staged(*plan.collected, plan.updates), plan.but(seed=seed).settings(plan.stages[1])
-    return np.array([generator(stage.seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(plan.updates)])
+    return np.array(
+        [generator(stage.seed, "mixture", step).random(1)[0] >= 1 - prior(step) for step in range(plan.updates)]
+    )
 
 
 def even_seeds(plan: Plan, count: int) -> list[int]:
@@ -181,7 +227,10 @@ def stage_rows(name: str, problem: Problem, plan: Plan, seeds: int, target: floa
         pairs.append(stage_ratios(problem, plan.but(seed=seed)))
         say(f"{name}, seed {seed}: DDIL ÷ PD {pairs[-1][0]:.3f} by the clock, {pairs[-1][1]:.3f} counted")
     timed, counted = zip(*pairs)
-    return [Row.of(f"DDIL update ÷ PD update, {name}", timed, target), Row.of(f"the same, counted in network evaluations, {name}", counted, target)]
+    return [
+        Row.of(f"DDIL update ÷ PD update, {name}", timed, target),
+        Row.of(f"the same, counted in network evaluations, {name}", counted, target),
+    ]
 
 
 def say(message: str) -> None:
@@ -201,7 +250,9 @@ class Call:
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #bee859fa
 def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
-    """The calls that one update makes of the networks of the student, of those that learn beside it or follow it, and of those that are asked, in order."""
+    """The calls that one update makes of the networks of the student, of those that learn beside it or follow it,
+    and of those that are asked, in order.
+    """
     calls: list[Call] = []
 
     def note(network: nn.Module, args: tuple, options: dict) -> None:
@@ -209,8 +260,14 @@ def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
         weights = learning and any(p.requires_grad for p in network.parameters())
         calls.append(Call(network, _detached(args), _detached(options), weights, learning and args[0].requires_grad))
 
-    denoisers = [*trainer.learners.networks.values(), *(follower.network for follower in trainer.learners.followers.values()), *trainer.method.asked.values()]
-    networks = {id(network): network for network in (innermost(one).network for one in denoisers if isinstance(one, Denoiser))}
+    denoisers = [
+        *trainer.learners.networks.values(),
+        *(follower.network for follower in trainer.learners.followers.values()),
+        *trainer.method.asked.values(),
+    ]
+    networks = {
+        id(network): network for network in (innermost(one).network for one in denoisers if isinstance(one, Denoiser))
+    }
     hooks = [network.register_forward_pre_hook(note, with_kwargs=True) for network in networks.values()]
     trainer.update(step)
     for hook in hooks:
@@ -220,11 +277,17 @@ def network_calls(trainer: Trainer, step: int = 0) -> list[Call]:
 
 def _detached(arguments: tuple | dict) -> tuple | dict:
     free = lambda value: value.detach().clone() if isinstance(value, Tensor) else value
-    return {key: free(value) for key, value in arguments.items()} if isinstance(arguments, dict) else tuple(free(value) for value in arguments)
+    return (
+        {key: free(value) for key, value in arguments.items()}
+        if isinstance(arguments, dict)
+        else tuple(free(value) for value in arguments)
+    )
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #50b88d7e
 def play_back(calls: Sequence[Call], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Make these calls again and nothing else: with a backward pass where there was one, else in inference mode. An `optimizer` makes a step at the end."""
+    """Make these calls again and nothing else: with a backward pass where there was one, else in inference mode. An
+    `optimizer` makes a step at the end.
+    """
     for call in calls:
         learning = call.weights or call.inputs
         with torch.inference_mode(not learning):
@@ -246,36 +309,57 @@ def update_rows(name: str, problem: Problem, plan: Plan, rounds: int) -> list[Ro
 
 
 def against_calls(method: str, name: str, trainer: Trainer, rounds: int) -> list[Row]:
-    """An update of this trainer ÷ the network calls in it, and ÷ these with a fused AdamW step of each network that learns."""
+    """An update of this trainer ÷ the network calls in it, and ÷ these with a fused AdamW step of each network that
+    learns.
+    """
     trainer.update(0)  # a walk's first batch brings the teacher's whole path; what is timed is the next
     calls = network_calls(trainer, 1)
     learning = {id(call.network): call.network for call in calls if call.weights}.values()
-    optimizer = torch.optim.AdamW([p for network in learning for p in network.parameters() if p.requires_grad], lr=1e-12, fused=True)
-    turns = {"update": lambda: trainer.update(1), "bare": lambda: play_back(calls), "step": lambda: play_back(calls, optimizer)}
+    optimizer = torch.optim.AdamW(
+        [p for network in learning for p in network.parameters() if p.requires_grad], lr=1e-12, fused=True
+    )
+    turns = {
+        "update": lambda: trainer.update(1),
+        "bare": lambda: play_back(calls),
+        "step": lambda: play_back(calls, optimizer),
+    }
     seconds = alternate(turns, rounds, stopwatch(trainer.student.device), warm_up=min(rounds, 3))
     say(f"{method}, {name}: " + ", ".join(f"{key} {1e3 * np.median(value):.1f} ms" for key, value in seconds.items()))
-    return [Row.of(f"{method} update ÷ its network evaluations, {name}", seconds["update"] / seconds["bare"], 1.05),
-            Row.of(f"{method} update ÷ these with an AdamW step, {name}", seconds["update"] / seconds["step"], 1.05)]
+    return [
+        Row.of(f"{method} update ÷ its network evaluations, {name}", seconds["update"] / seconds["bare"], 1.05),
+        Row.of(f"{method} update ÷ these with an AdamW step, {name}", seconds["update"] / seconds["step"], 1.05),
+    ]
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #9ea4e5f3
-TRAJECTORY: dict[str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]] = {  # name: further inputs of the student, and what it is asked
-    "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), 0.95)),
-    "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
-    "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), 0.95)),
-    "CTM": (("end",), lambda teacher, student: CTM(teacher, 0.95, longest=1, denoising=0.0)),
-    "there and back": ((), lambda teacher, student: BiDirectional(teacher, teacher.student_grid, copy.deepcopy(student))),
-}
+TRAJECTORY: dict[str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]] = (
+    {  # name: further inputs of the student, and what it is asked
+        "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), 0.95)),
+        "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
+        "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), 0.95)),
+        "CTM": (("end",), lambda teacher, student: CTM(teacher, 0.95, longest=1, denoising=0.0)),
+        "there and back": (
+            (),
+            lambda teacher, student: BiDirectional(teacher, teacher.student_grid, copy.deepcopy(student)),
+        ),
+    }
+)
 
 
 def method_trainer(name: str, problem: Problem, batch: int = 64) -> Trainer:
-    """A trainer of one of the trajectory methods, or of "SFD", the regression on the student's walk, which shares no network with another."""
+    """A trainer of one of the trajectory methods, or of "SFD", the regression on the student's walk, which shares
+    no network with another.
+    """
     inputs, ask = TRAJECTORY.get(name, ((), lambda teacher, student: Regression(teacher, "l1")))
     student = copy.deepcopy(problem.student).requires_grad_(True)
     student = (student.taking(*inputs) if inputs else student).train()
     grid = torch.cat([uniform_grid(16)[:-1], torch.tensor([0.01], dtype=torch.float64)])
     teacher = Teacher(copy.deepcopy(problem.teacher), grid, 4, look=4 if name == "SFD" else 1)
     walks = name == "SFD"
-    rollin = Walk(student, teacher, problem.shape, problem.data) if walks else Forward(problem.data, student.schedule, teacher.label_grid, Source(device=student.device))
+    rollin = (
+        Walk(student, teacher, problem.shape, problem.data)
+        if walks
+        else Forward(problem.data, student.schedule, teacher.label_grid, Source(device=student.device))
+    )
     return Trainer(student, ask(teacher, student), rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
 
@@ -283,15 +367,30 @@ def matching_trainer(problem: Problem, batch: int = 64) -> Trainer:
     """A trainer of DMD2 on its backward simulation, with both turns in every update."""
     student, grid = copy.deepcopy(problem.student).requires_grad_(True).train(), uniform_grid(4)
     teacher = copy.deepcopy(problem.teacher)
-    rollin = Rollout(student, Teacher(teacher, grid, 1), problem.shape, problem.data, 1.0, label=False, solver=consistency, visit="one")
+    rollin = Rollout(
+        student,
+        Teacher(teacher, grid, 1),
+        problem.shape,
+        problem.data,
+        1.0,
+        label=False,
+        solver=consistency,
+        visit="one",
+    )
     critic = Critic(judged(copy.deepcopy(student), rollin.sample(1, 0)))
-    method = DistributionMatching(teacher, critic, adversary=1e-3, data=RealSamples(problem.data, Source(device=student.device)))
+    method = DistributionMatching(
+        teacher, critic, adversary=1e-3, data=RealSamples(problem.data, Source(device=student.device))
+    )
     return Trainer(student, method, rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
 
 def method_rows(name: str, problem: Problem, rounds: int, batch: int = 64) -> list[Row]:
     """The update of each trajectory method ÷ the network calls in it."""
-    rows = [row for method in (*TRAJECTORY, "SFD") for row in against_calls(method, name, method_trainer(method, problem, batch), rounds)]
+    rows = [
+        row
+        for method in (*TRAJECTORY, "SFD")
+        for row in against_calls(method, name, method_trainer(method, problem, batch), rounds)
+    ]
     return rows + against_calls("DMD2", name, matching_trainer(problem, batch), rounds)
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #5a6ddbfe
@@ -308,7 +407,11 @@ SCHEDULERS: dict[str, tuple[Solver, type, dict]] = {
     "DDIM": (ddim, DDIMScheduler, {"set_alpha_to_one": True, "clip_sample": False}),
     "Heun": (heun, HeunDiscreteScheduler, {}),
     "DPM-Solver++(2M)": (dpm_solver_pp_2m, DPMSolverMultistepScheduler, {"solver_order": 2}),
-    "DPM-Solver++(3M)": (partial(dpm_solver_pp_3m, lower_order_final=False), DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "DPM-Solver++(3M)": (
+        partial(dpm_solver_pp_3m, lower_order_final=False),
+        DPMSolverMultistepScheduler,
+        {"solver_order": 3},
+    ),
 }
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #eab945c4
@@ -321,7 +424,9 @@ def against_diffusers(name: str, steps: int = 50) -> Turns:
     """The same walk by us and by one of diffusers' schedulers."""
     solver, kind, options = SCHEDULERS[name]
     network, schedule, grid = nn.Identity(), DiscreteVP(), uniform_grid(steps)
-    prepared = kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", **options)
+    prepared = kind(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", **options
+    )
     prepared.set_timesteps(steps)
     start, alpha = START * prepared.init_noise_sigma, schedule.alpha(1.0) if name == "Heun" else 1.0
 
@@ -332,11 +437,16 @@ def against_diffusers(name: str, steps: int = 50) -> Turns:
         return state
 
     denoiser, begin = Tenth(network, schedule, "eps"), start * alpha
-    return {"ours": torch.inference_mode()(lambda: last(walk(denoiser, begin, grid, solver=solver))), "theirs": torch.inference_mode()(theirs)}
+    return {
+        "ours": torch.inference_mode()(lambda: last(walk(denoiser, begin, grid, solver=solver))),
+        "theirs": torch.inference_mode()(theirs),
+    }
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #9f3dee5f
 def k_diffusion() -> ModuleType | None:
-    """k-diffusion's module of samplers, without the package's `__init__`, which imports much that is not needed here; None if it is not installed."""
+    """k-diffusion's module of samplers, without the package's `__init__`, which imports much that is not needed
+    here; None if it is not installed.
+    """
     found = importlib.util.find_spec("k_diffusion")
     if found is not None:
         sys.modules.setdefault("k_diffusion", importlib.util.module_from_spec(found))
@@ -351,8 +461,11 @@ class Half(Denoiser):
 
 
 SAMPLERS: dict[str, tuple[Solver, str]] = {
-    "DDIM": (ddim, "sample_euler"), "Heun": (heun, "sample_heun"), "DPM-Solver-2": (dpm_solver_2, "sample_dpm_2"),
-    "DPM-Solver++(2M)": (dpm_solver_pp_2m, "sample_dpmpp_2m"), "Adams-Bashforth": (adams_bashforth, "sample_lms"),
+    "DDIM": (ddim, "sample_euler"),
+    "Heun": (heun, "sample_heun"),
+    "DPM-Solver-2": (dpm_solver_2, "sample_dpm_2"),
+    "DPM-Solver++(2M)": (dpm_solver_pp_2m, "sample_dpmpp_2m"),
+    "Adams-Bashforth": (adams_bashforth, "sample_lms"),
 }
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #48749656
@@ -360,8 +473,13 @@ def against_k_diffusion(name: str, steps: int = 50) -> Turns:
     """The same walk by us and by one of k-diffusion's samplers, on Karras et al.'s grid and a step to 0."""
     (solver, sampler), denoiser, start = SAMPLERS[name], Half(VarianceExploding()), 80 * START
     grid = with_clean_end(karras_grid(denoiser.schedule, steps - 1))
-    theirs = partial(getattr(k_diffusion(), sampler), denoiser, start, denoiser.schedule.sigma(grid).float(), disable=True)
-    return {"ours": torch.inference_mode()(lambda: last(walk(denoiser, start, grid, solver=solver))), "theirs": torch.inference_mode()(theirs)}
+    theirs = partial(
+        getattr(k_diffusion(), sampler), denoiser, start, denoiser.schedule.sigma(grid).float(), disable=True
+    )
+    return {
+        "ours": torch.inference_mode()(lambda: last(walk(denoiser, start, grid, solver=solver))),
+        "theirs": torch.inference_mode()(theirs),
+    }
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #145c189d
 def sampling_row(name: str, turns: Turns, target: float, rounds: int) -> Row:
@@ -374,9 +492,15 @@ def sampling_row(name: str, turns: Turns, target: float, rounds: int) -> Row:
 
 def sampling_rows(rounds: int) -> list[Row]:
     """Our solvers ÷ diffusers' schedulers and, if it is installed, ÷ k-diffusion's samplers."""
-    rows = [sampling_row(f"{name} ÷ diffusers' {SCHEDULERS[name][1].__name__}", against_diffusers(name), 0.5, rounds) for name in SCHEDULERS]
+    rows = [
+        sampling_row(f"{name} ÷ diffusers' {SCHEDULERS[name][1].__name__}", against_diffusers(name), 0.5, rounds)
+        for name in SCHEDULERS
+    ]
     if k_diffusion() is not None:
-        rows += [sampling_row(f"{name} ÷ k-diffusion's {SAMPLERS[name][1]}", against_k_diffusion(name), 1.0, rounds) for name in SAMPLERS]
+        rows += [
+            sampling_row(f"{name} ÷ k-diffusion's {SAMPLERS[name][1]}", against_k_diffusion(name), 1.0, rounds)
+            for name in SAMPLERS
+        ]
     return rows
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #f930910e
@@ -385,7 +509,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports the lack of a GPU as an error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    return max(accumulate(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"))
+    return max(
+        accumulate(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    )
 
 
 def walk_bytes(solver: Solver, steps: int, keep: Callable[[Iterator[Tensor]], object] = last) -> int:
@@ -398,11 +524,14 @@ def walk_bytes(solver: Solver, steps: int, keep: Callable[[Iterator[Tensor]], ob
 def memory_row(few: int = 10, many: int = 200) -> Row:
     """Memory of a walk of `many` steps ÷ of `few`, at its worst over all solvers."""
     ratios = [walk_bytes(solver, many) / walk_bytes(solver, few) for solver in SOLVERS.values()]
-    return Row.of(f"memory of a walk of {many} steps ÷ of {few}, the worst of {len(ratios)} solvers", [max(ratios)], 1.05)
+    return Row.of(
+        f"memory of a walk of {many} steps ÷ of {few}, the worst of {len(ratios)} solvers", [max(ratios)], 1.05
+    )
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #9d973c09
 def peak_resident(function: Callable[[], object]) -> int:
-    """Bytes by which a process, forked for this call alone, grows at most. It computes with one thread, since a fork has none of its parent's. Linux only.
+    """Bytes by which a process, forked for this call alone, grows at most. It computes with one thread, since a fork
+    has none of its parent's. Linux only.
 
     Raises RuntimeError with the error that the call raised there.
     """
@@ -437,17 +566,28 @@ def _resident(key: str) -> int:
 
 
 def metric_rows(samples: int = 10000, features: int = 2048) -> list[Row]:
-    """Our Fréchet distance and density_coverage ÷ the usual ones, and their memory. Raises AssertionError where they disagree."""
+    """Our Fréchet distance and density_coverage ÷ the usual ones, and their memory. Raises AssertionError where
+    they disagree.
+    """
     from cleanfid.fid import frechet_distance as by_square_root
 
-    draw = lambda purpose, n: torch.from_numpy(generator(0, "metrics", purpose).standard_normal((n, features), dtype=np.float32))
+    draw = lambda purpose, n: torch.from_numpy(
+        generator(0, "metrics", purpose).standard_normal((n, features), dtype=np.float32)
+    )
     real, fake = draw("real", samples), draw("fake", samples) * 1.1 + 0.05
     ours, (a, b) = {}, (Moments.of(part) for part in (real, fake))
-    turns = {"ours": lambda: ours.setdefault("Fréchet", frechet_distance(a, b)), "theirs": lambda: ours.setdefault("theirs", by_square_root(a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy()))}
+    turns = {
+        "ours": lambda: ours.setdefault("Fréchet", frechet_distance(a, b)),
+        "theirs": lambda: ours.setdefault(
+            "theirs", by_square_root(a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy())
+        ),
+    }
     seconds = alternate(turns, 1, stopwatch(), warm_up=0)
     assert abs(ours["Fréchet"] / ours["theirs"] - 1) < 1e-6, ours
     say(f"Fréchet distance: ours {seconds['ours'][0]:.1f} s, scipy's square root {seconds['theirs'][0]:.1f} s")
-    rows = [Row.of(f"Fréchet distance ÷ by scipy's sqrtm, {features} features", seconds["ours"] / seconds["theirs"], 0.2)]
+    rows = [
+        Row.of(f"Fréchet distance ÷ by scipy's sqrtm, {features} features", seconds["ours"] / seconds["theirs"], 0.2)
+    ]
     return rows + (_neighbour_rows(real, fake) if importlib.util.find_spec("prdc") else [])
 
 
@@ -460,13 +600,22 @@ def _neighbour_rows(real: Tensor, fake: Tensor) -> list[Row]:
             return compute_prdc(real.numpy(), fake.numpy(), 5)
 
     found = {}
-    turns = {"ours": lambda: found.setdefault("ours", density_coverage(real, fake, 5)), "theirs": lambda: found.setdefault("theirs", silently())}
+    turns = {
+        "ours": lambda: found.setdefault("ours", density_coverage(real, fake, 5)),
+        "theirs": lambda: found.setdefault("theirs", silently()),
+    }
     seconds = alternate(turns, 1, stopwatch(), warm_up=0)
     assert all(abs(found["ours"][name] - value) < 1e-9 for name, value in found["theirs"].items()), found
     memory = {"ours": peak_resident(lambda: density_coverage(real, fake, 5)), "theirs": peak_resident(silently)}
-    say(f"density_coverage: ours {seconds['ours'][0]:.1f} s and {memory['ours'] / 2**20:.0f} MiB, prdc {seconds['theirs'][0]:.1f} s and {memory['theirs'] / 2**20:.0f} MiB")
+    say(
+        f"density_coverage: ours {seconds['ours'][0]:.1f} s and {memory['ours'] / 2**20:.0f} MiB, prdc"
+        f" {seconds['theirs'][0]:.1f} s and {memory['theirs'] / 2**20:.0f} MiB"
+    )
     name = f"{len(real)} × {real.shape[1]} features"
-    return [Row.of(f"density_coverage ÷ prdc, seconds, {name}", seconds["ours"] / seconds["theirs"], 0.5), Row.of(f"density_coverage ÷ prdc, memory, {name}", [memory["ours"] / memory["theirs"]], 0.25)]
+    return [
+        Row.of(f"density_coverage ÷ prdc, seconds, {name}", seconds["ours"] / seconds["theirs"], 0.5),
+        Row.of(f"density_coverage ÷ prdc, memory, {name}", [memory["ours"] / memory["theirs"]], 0.25),
+    ]
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #2a481822
 PARTS = ("sampling", "metrics", "training", "methods")
@@ -477,13 +626,19 @@ def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PAR
     rows = [*sampling_rows(1 if quick else 100), memory_row(10, 20 if quick else 200)] if "sampling" in parts else []
     rows += metric_rows(*(200, 8) if quick else ()) if "metrics" in parts else []
     if "methods" in parts:
-        for name, problem, rounds, batch in (("digits", digits_problem(device=device), 60, 64), ("15 M U-Net", text_problem(device=device), 8, 8)):
+        for name, problem, rounds, batch in (
+            ("digits", digits_problem(device=device), 60, 64),
+            ("15 M U-Net", text_problem(device=device), 8, 8),
+        ):
             rows += method_rows(name, problem, *((1, 2) if quick else (rounds, batch)))
     if "training" not in parts:
         return rows
     digit = Plan(stages=(16, 8), updates=20 if quick else 200)
     text = Plan(stages=(4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off")
-    for name, problem, plan, seeds, rounds in (("digits", digits_problem(device=device), digit, 4, 100), ("15 M U-Net", text_problem(device=device), text, 2, 8)):
+    for name, problem, plan, seeds, rounds in (
+        ("digits", digits_problem(device=device), digit, 4, 100),
+        ("15 M U-Net", text_problem(device=device), text, 2, 8),
+    ):
         rows += stage_rows(name, problem, plan, 1 if quick else seeds)
         rows += update_rows(name, problem, plan, 1 if quick else rounds)
     return rows
@@ -491,10 +646,19 @@ def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PAR
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #b5bc87d1
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print the table and write the rows as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m ddil.benchmarks.bench", description="Cost of training and sampling, as ratios measured in one process.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil.benchmarks.bench",
+        description="Cost of training and sampling, as ratios measured in one process.",
+    )
     parser.add_argument("--output", default="runs/bench.json", help="where the rows go, as JSON")
-    parser.add_argument("--quick", action="store_true", help="the smallest form of everything: the figures mean nothing")
-    parser.add_argument("--part", choices=PARTS, help="only the rows of sampling (a minute), of metrics, of training (many) or of the trajectory methods")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest form of everything: the figures mean nothing"
+    )
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        help="only the rows of sampling (a minute), of metrics, of training (many) or of the trajectory methods",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--device", default="cpu", help="where the networks are (default: cpu)")
     given = parser.parse_args(arguments)

@@ -37,24 +37,86 @@ __all__ = ['SD15', 'TINY', 'SSD1B', 'SIZES', 'WAYS', 'MEMORY', 'SCALE', 'PEAKS',
            'measured', 'ddil_over_pd', 'peak_of', 'measure', 'main']
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #bfaf2155
-SD15 = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-TINY = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16, attention_head_dim=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-SSD1B = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
-             transformer_layers_per_block=(1, (2, 2), (4, 4)), reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-             up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), mid_block_type="UNetMidBlock2D", addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
-SIZES = {"sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512), "ssd1b": (SSD1B, Shapes.of(SSD1B, (4, 128, 128), 77), 1024), "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64)}
-WAYS = {"PD": {"collected": (0.0, 0.0)}, "DDIL": {}, "LCM": {"method": "lcm", "collected": (0.0, 0.0)}, "SFD": {"method": "sfd"}}
-MEMORY = {"DDIL": {}, "DDIL, adapters": {"adapters": "lora"}, "DMD2, three networks": {"method": "dmd2"}, "DMD2, roles": {"method": "dmd2", "adapters": "lora"}}
+SD15 = dict(
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    layers_per_block=2,
+    cross_attention_dim=768,
+    attention_head_dim=8,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+)
+TINY = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    norm_num_groups=8,
+    cross_attention_dim=16,
+    attention_head_dim=2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
+SSD1B = dict(
+    sample_size=128,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280),
+    layers_per_block=2,
+    cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    transformer_layers_per_block=(1, (2, 2), (4, 4)),
+    reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    mid_block_type="UNetMidBlock2D",
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SIZES = {
+    "sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512),
+    "ssd1b": (SSD1B, Shapes.of(SSD1B, (4, 128, 128), 77), 1024),
+    "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64),
+}
+WAYS = {
+    "PD": {"collected": (0.0, 0.0)},
+    "DDIL": {},
+    "LCM": {"method": "lcm", "collected": (0.0, 0.0)},
+    "SFD": {"method": "sfd"},
+}
+MEMORY = {
+    "DDIL": {},
+    "DDIL, adapters": {"adapters": "lora"},
+    "DMD2, three networks": {"method": "dmd2"},
+    "DMD2, roles": {"method": "dmd2", "adapters": "lora"},
+}
 SCALE = 7.5  # of guidance
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # dense bf16 operations per second, by the makers' data sheets
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40": 181e12,
+    "4090": 165e12,
+}  # dense bf16 operations per second, by the makers' data sheets
 
 
 def plan_for(size: str, way: dict, batch: int, **more) -> Plan:
     """The plan of one row: a stage from 8 steps to 4."""
     precision = "bf16" if torch.cuda.is_available() else "no"
-    values = dict(stages=(8, 4), batch=batch, updates=1000, precision=precision, rank=4 if size == "tiny" else 64, ema=None, reflection="off")
+    values = dict(
+        stages=(8, 4),
+        batch=batch,
+        updates=1000,
+        precision=precision,
+        rank=4 if size == "tiny" else 64,
+        ema=None,
+        reflection="off",
+    )
     values |= {} if way.get("method") == "sfd" else {"capacity": 4 * batch}
     return Plan(**{**values, **way, **more})
 
@@ -64,13 +126,27 @@ def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
     config, shapes, _ = SIZES[size]
     torch.manual_seed(0)
     pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
-    base = TextDenoiser(UNet2DConditionModel.from_config(config), DiscreteVP(), "eps", torch.zeros(shapes.cond["embeddings"]), null_text_embeds=pooled).to(device)
+    base = TextDenoiser(
+        UNet2DConditionModel.from_config(config),
+        DiscreteVP(),
+        "eps",
+        torch.zeros(shapes.cond["embeddings"]),
+        null_text_embeds=pooled,
+    ).to(device)
     cond = {name: torch.randn(64, *shape) for name, shape in shapes.cond.items()}
     data = TensorData(torch.randn(64, *shapes.sample), cond if len(cond) > 1 else cond["embeddings"])
     base = base.eval().requires_grad_(False)
-    ready = stage_of(Problem(Guided(base, SCALE), base, data, shapes.sample, SCALE, {"weights": "random"}, trailing_grid), plan)
+    ready = stage_of(
+        Problem(Guided(base, SCALE), base, data, shapes.sample, SCALE, {"weights": "random"}, trailing_grid), plan
+    )
     make_ready(plan, ready)
-    return Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings, accelerator=make_accelerator("cpu" if device == "cpu" else "auto", plan.precision))
+    return Trainer(
+        ready.stage.student,
+        ready.method,
+        ready.rollin,
+        ready.settings,
+        accelerator=make_accelerator("cpu" if device == "cpu" else "auto", plan.precision),
+    )
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #2fde7d4b
 def rehearsed(size: str, plan: Plan) -> tuple[Problem, Rehearsal]:
@@ -80,14 +156,20 @@ def rehearsed(size: str, plan: Plan) -> tuple[Problem, Rehearsal]:
     return problem, rehearse(plan, problem, mode)
 
 
-def measured(size: str, name: str, plan: Plan, device: str, rounds: int, peak_operations: float | None) -> dict[str, float]:
-    """One method: seconds of an update, the share of its bare evaluations in it, and the share of the device's operations that it uses."""
+def measured(
+    size: str, name: str, plan: Plan, device: str, rounds: int, peak_operations: float | None
+) -> dict[str, float]:
+    """One method: seconds of an update, the share of its bare evaluations in it, and the share of the device's
+    operations that it uses.
+    """
     trainer, now = trainer_for(size, plan, device), stopwatch(device)
     trainer.update(0)
     trainer.update(1)
     calls = network_calls(trainer, 2)
     with trainer.accelerator.autocast():
-        seconds = alternate({"update": lambda: trainer.update(2), "bare": lambda: play_back(calls)}, rounds, now, warm_up=2)
+        seconds = alternate(
+            {"update": lambda: trainer.update(2), "bare": lambda: play_back(calls)}, rounds, now, warm_up=2
+        )
     mean = float(np.median(seconds["update"]))
     told = {"update, seconds": mean, "share of bare evaluations": float(np.median(seconds["bare"] / seconds["update"]))}
     if peak_operations:
@@ -108,7 +190,9 @@ def ddil_over_pd(size: str, batch: int, device: str, updates: int) -> float:
 
     for name in trainers:
         advance(name, 2)
-    seconds = alternate({name: partial(advance, name, 10) for name in trainers}, updates // 10, stopwatch(device), warm_up=0)
+    seconds = alternate(
+        {name: partial(advance, name, 10) for name in trainers}, updates // 10, stopwatch(device), warm_up=0
+    )
     return float(seconds["DDIL"].sum() / seconds["PD"].sum())
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #0923391d
@@ -129,7 +213,9 @@ def peak_of(size: str, plan: Plan, device: str) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), sum(estimate.values())
 
 
-def measure(size: str = "sd15", batch: int = 8, rounds: int = 10, updates: int = 100, flops: float | None = None) -> dict:
+def measure(
+    size: str = "sd15", batch: int = 8, rounds: int = 10, updates: int = 100, flops: float | None = None
+) -> dict:
     """Everything, with date and device. Raises ValueError without a GPU, but for the size "tiny"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and size != "tiny":
@@ -137,9 +223,14 @@ def measure(size: str = "sd15", batch: int = 8, rounds: int = 10, updates: int =
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     peak = flops or next((value for key, value in PEAKS.items() if key in name), None)
     told: dict = {"date": datetime.date.today().isoformat(), "device": name, "size": size, "batch": batch}
-    told["methods"] = {way: measured(size, way, plan_for(size, changes, batch), device, rounds, peak) for way, changes in WAYS.items()}
+    told["methods"] = {
+        way: measured(size, way, plan_for(size, changes, batch), device, rounds, peak) for way, changes in WAYS.items()
+    }
     told["DDIL ÷ PD"] = ddil_over_pd(size, batch, device, updates)
-    told["peak bytes, measured and estimated"] = {way: peak_of(size, plan_for(size, changes, batch, gradient_checkpointing=True), device) for way, changes in MEMORY.items()}
+    told["peak bytes, measured and estimated"] = {
+        way: peak_of(size, plan_for(size, changes, batch, gradient_checkpointing=True), device)
+        for way, changes in MEMORY.items()
+    }
     return told
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #d3bbaf03
