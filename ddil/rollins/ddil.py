@@ -27,9 +27,9 @@ __all__ = ['DDIL']
 class DDIL:
     """On whose states a student is trained (Garrepalli et al. 2024, supplement A). Raises ValueError for what cannot be.
 
-    `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise the share
-    of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published) or each "sample".
-    `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
+    `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise
+    the share of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published)
+    or each "sample". `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
     """
 
     collected: tuple[float, float] = (0.25, 0.50)
@@ -50,16 +50,17 @@ class DDIL:
 
     def states(self, student: Denoiser, teacher: Teacher, data: Data, shape: Sequence[int], updates: int, batch: int,
                source: Source | int = Source(), solver: Solver = ddim, label: bool = True) -> RollIn:
-        """The states of one stage of `updates` batches, for any method; if none is collected, the plain forward roll-in.
+        """The states of a stage of `updates` batches, for any method; if none is collected, the plain forward roll-in.
 
-        `solver` is the one that the student is sampled with, `label` whether the method needs to know where the teacher goes.
+        `solver` is the one that the student is sampled with, `label` whether the method asks where the teacher goes.
         """
         source = Source.of(source).on(student.device)
         forward = Forward(data, student.schedule, teacher.label_grid, source)
         if not any(self.collected):
             return forward
-        beta, share = (ramp if isinstance(ramp, Ramp) else staged(*ramp, updates) for ramp in (self.beta, self.collected))
+        share = staged(*self.collected, updates)
+        beta = self.beta if isinstance(self.beta, Ramp) else staged(*self.beta, updates)
         rollout = Rollout(student, teacher, shape, data, beta, self.mixing, label, solver, source)
-        quarter = batch // 4 if batch % 4 == 0 else batch  # fewer roll-outs at a time, more often: fresher states at the same cost
+        quarter = batch // 4 if batch % 4 == 0 else batch  # few walks, but often: fresher states at the same cost
         replay = Replay(rollout, batch, self.capacity, self.reuse, quarter)
         return Mixture({"forward": (forward, share.complement()), "collected": (replay, share)}, self.mixing, source)

@@ -71,7 +71,8 @@ class ConditionDropout(RollIn):
     `null` maps conditions to null conditions, as a denoiser's `null_condition` does.
     """
 
-    def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1, source: Source | int = Source()):
+    def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1,
+                 source: Source | int = Source()):
         constant(probability)  # raises if it is not one
         self.rollin, self.null, self.probability, self.source = rollin, null, probability, Source.of(source)
         self.asks_apart = rollin.asks_apart

@@ -18,13 +18,14 @@ __all__ = ['Mixture']
 
 # %% ../../nbs/03_rollins/08_mixture.ipynb #dbab2097
 class Mixture(RollIn):
-    """States from several roll-ins, each with its prior: parts = {"forward": (forward, 0.75), "collected": (replay, 0.25)}.
+    """States from several roll-ins: parts = {"forward": (forward, 0.75), "collected": (replay, 0.25)}, with priors.
 
-    `mixing`: the whole "batch" comes from one part (published), or each "sample" from its own. Priors are numbers or Ramps.
-    Raises ValueError unless they add up to 1 at every update.
+    `mixing`: the whole "batch" comes from one part (published), or each "sample" from its own. Priors are numbers or
+    Ramps. Raises ValueError unless they add up to 1 at every update.
     """
 
-    def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch", source: Source | int = Source()):
+    def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch",
+                 source: Source | int = Source()):
         if not parts:
             raise ValueError("a mixture needs parts to mix")
         self.parts = {name: rollin for name, (rollin, _) in parts.items()}

@@ -15,7 +15,10 @@ __all__ = ['Ramp', 'check_mixing', 'constant', 'linear', 'staged']
 # %% ../../nbs/03_rollins/04_ramp.ipynb #f3208169
 @dataclass(frozen=True)
 class Ramp:
-    """A probability that changes with the update: `values[k]` from update `starts[k]` on, or between them on a straight line if `linear`."""
+    """A probability that changes with the update: `values[k]` from update `starts[k]` on.
+
+    If `linear`, it moves between them on straight lines. Raises ValueError for what is no probability.
+    """
 
     starts: tuple[int, ...]
     values: tuple[float, ...]
@@ -24,7 +27,8 @@ class Ramp:
     def __post_init__(self) -> None:
         rising = list(self.starts) == sorted(set(self.starts)) and self.starts[:1] == (0,)
         if len(self.starts) != len(self.values) or not rising:
-            raise ValueError(f"a ramp needs one value for each start, and rising starts from update 0, not {self.starts} and {self.values}")
+            raise ValueError("a ramp needs one value for each start, and rising starts from update 0, "
+                             f"not {self.starts} and {self.values}")
         if not all(0 <= value <= 1 for value in self.values):
             raise ValueError(f"probabilities must be in [0, 1], not {self.values}")
 
@@ -44,7 +48,7 @@ class Ramp:
 
 # %% ../../nbs/03_rollins/04_ramp.ipynb #69f42d6f
 def check_mixing(mixing: str) -> str:
-    """`mixing`, which says whether one choice is made for a whole "batch" or for each "sample". Raises ValueError for another word."""
+    """The word `mixing`: one choice is made for a whole "batch" or for each "sample". Raises ValueError for another word."""
     if mixing not in ("batch", "sample"):
         raise ValueError(f"mixing must be 'batch' or 'sample', not {mixing!r}")
     return mixing

@@ -18,7 +18,10 @@ __all__ = ['Ring', 'Replay']
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #5491fa03
 class Ring:
-    """The last `slots` states of each of `lanes` lanes, one for each row of the global batch. A process holds the states of its own rows."""
+    """The last `slots` states of each of `lanes` lanes, one lane for each row of the global batch.
+
+    A process holds the states of its own rows.
+    """
 
     def __init__(self, slots: int, lanes: int, source: Source):
         self.slots, self.lanes, self.source = slots, lanes, source
@@ -41,7 +44,7 @@ class Ring:
     def _make_room(self, like: States) -> None:
         size = (self.slots, len(self.source.rows(self.lanes)))
         with torch.inference_mode(False):  # states of a walk come without gradients, and these are trained on
-            self.states = like.map(lambda value: torch.zeros((*size, *value.shape[1:]), dtype=value.dtype, device=value.device))
+            self.states = like.map(lambda value: torch.zeros_like(value[:1]).expand(*size, *value.shape[1:]).clone())
 
     def read(self, slot: np.ndarray, rows: np.ndarray) -> States:
         """The states in some slots, one for each of the `rows` of the global batch (of this process)."""
@@ -59,20 +62,23 @@ class Ring:
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #1fd4fd9b
 class Replay(RollIn):
-    """The last `capacity` states of `rollout`, each trained on `reuse` times on average, drawn from one lane per row of the batch.
+    """The last `capacity` states of `rollout`, each trained on `reuse` times on average.
 
-    `batch`: rows of a global batch; `trajectories`: roll-outs per collection (must divide `batch`; the first one fills all lanes).
+    `batch`: rows of a global batch. `trajectories`: roll-outs of a collection (a divisor of `batch`; the first fills all
+    lanes). Raises ValueError for a capacity of less than one trajectory a row, or roll-outs that cannot be shared.
     """
 
-    def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0, trajectories: int | None = None):
+    def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0,
+                 trajectories: int | None = None):
         self.rollout, self.source, self.asks_apart = rollout, rollout.source, rollout.asks_apart
         self.batch, self.reuse, self.trajectories = batch, reuse, trajectories or batch
         world, least = self.source.shard.world, rollout.nodes * batch
         if capacity // batch < rollout.nodes:
-            raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states for each of {batch} rows: at least {least}")
+            raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states "
+                             f"for each of {batch} rows: at least {least}")
         if batch % self.trajectories or self.trajectories % world:
-            raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} and be shared by {world} processes: "
-                             f"choose a batch that is a multiple of {4 * world}")
+            raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} "
+                             f"and be shared by {world} processes: choose a batch that is a multiple of {4 * world}")
         if not reuse > 0:
             raise ValueError(f"reuse must be positive, not {reuse}")
         self.ring = Ring(capacity // batch, batch, self.source)
@@ -104,12 +110,14 @@ class Replay(RollIn):
         """What was collected and reused, the age in updates of the last batch, and the roll-out's own log."""
         collected = int(self.ring.written.sum())
         reused = self.served / collected if collected else 0.0
-        return {"collected states": collected, "reuse asked": self.reuse, "reuse used": reused, "age": float(self.age), **self.rollout.log()}
+        figures = {"collected states": collected, "reuse asked": self.reuse, "reuse used": reused, "age": float(self.age)}
+        return figures | self.rollout.log()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors of a flat dictionary."""
-        numbers = {"counters": torch.tensor([self.collections, self.served]), "age": torch.tensor(float(self.age), dtype=torch.float64)}
-        return {**numbers, **self.ring.state_dict(), **under("rollout", self.rollout.state_dict())}
+        age = torch.tensor(float(self.age), dtype=torch.float64)
+        counters = torch.tensor([self.collections, self.served])
+        return {"counters": counters, "age": age, **self.ring.state_dict(), **under("rollout", self.rollout.state_dict())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.collections, self.served = (int(value) for value in state["counters"])

@@ -28,9 +28,9 @@ Driver = Callable[[Tensor, Cond, "Tensor | slice"], Tensor]
 
 
 def mixed_step(z: Tensor, cond: Cond, by_student: np.ndarray, student: Driver, teacher: Driver) -> Tensor:
-    """Where the states z (n, …) arrive, if the student moves the rows `by_student` (n booleans) and the teacher the others.
+    """Where the states z (n, …) arrive, if the student moves the rows `by_student` (n booleans), the teacher the others.
 
-    Each is asked for its own rows: student(z, cond, rows) gets these states, their conditions, and an index of the rows.
+    Each is asked for its own rows: student(z, cond, rows) gets these states, their conditions, and the rows' index.
     """
     if by_student.all() or not by_student.any():
         return (student if by_student.all() else teacher)(z, cond, slice(None))
@@ -88,11 +88,13 @@ class Wheel:
 
     def labelled(self, here: States, place: int, draws: Draws) -> States:
         """The states with their labels: where the teacher goes from there."""
-        return here.with_labels(self.teacher.advance(here.z, self.teacher.stops[place], here.cond, _noise(here, draws)))
+        t = self.teacher.stops[place]
+        return here.with_labels(self.teacher.advance(here.z, t, here.cond, _noise(here, draws)))
 
     def step(self, here: States, place: int, node: int, by_student: np.ndarray, draws: Draws) -> States:
-        """On to the student's next node: the rows `by_student` by the student, the others, which have their labels, by the teacher."""
-        stops, look, end, noise = self.teacher.stops, self.teacher.look, (node + 1) * self.teacher.stride, _noise(here, draws)
+        """On to the student's next node; the rows that are not `by_student` have their labels."""
+        stops, look, end = self.teacher.stops, self.teacher.look, (node + 1) * self.teacher.stride
+        noise = _noise(here, draws)
 
         def student(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:
             return self.solver(self.student, z, stops[place], stops[end], cond, Memory(lambda like: noise(like)[rows]))
@@ -115,15 +117,17 @@ def _noise(here: States, draws: Draws) -> Callable[[Tensor], Tensor]:
 class Rollout(RollIn):
     """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update).
 
-    `mixing`: one coin for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also where
-    the student drives. `visit`: "all" nodes of a walk give states, or "one", drawn for the whole batch, where the walk ends.
-    `data` gives the conditions (None: unconditional) and the noise if it couples noise with samples; `shape` is one sample's.
+    `shape` is that of a sample; `data` gives the conditions (None: unconditional), and the noise if it couples the two.
+    `mixing`: one coin for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also
+    where the student drives. `visit`: "all" nodes of a walk give states, or "one", drawn for the batch, where it ends.
     """
 
-    def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None, beta: float | Ramp = 0.5,
-                 mixing: str = "batch", label: bool = True, solver: Solver = ddim, source: Source | int = Source(), visit: str = "all"):
+    def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None,
+                 beta: float | Ramp = 0.5, mixing: str = "batch", label: bool = True, solver: Solver = ddim,
+                 source: Source | int = Source(), visit: str = "all"):
         if student.schedule != teacher.denoiser.schedule:
-            raise ValueError(f"student and teacher must walk on one schedule, not {student.schedule} and {teacher.denoiser.schedule}")
+            raise ValueError("student and teacher must walk on one schedule, "
+                             f"not {student.schedule} and {teacher.denoiser.schedule}")
         if visit not in ("all", "one"):
             raise ValueError(f"visit must be 'all' or 'one', not {visit!r}")
         self.wheel, self.shape, self.data = Wheel(student, teacher, solver), tuple(shape), data
@@ -162,12 +166,13 @@ class Rollout(RollIn):
         world = self.source.shard.world
         enough = -(-n // (self.nodes * world)) * world
         with torch.inference_mode(False):
-            visited = cat_states([states.map(Tensor.clone) for states in self.trajectories(enough, step)])  # autograd may save copies
-        order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # whole trajectories first, not whole nodes
+            copies = [states.map(Tensor.clone) for states in self.trajectories(enough, step)]  # which autograd may save
+            visited = cat_states(copies)
+        order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # trajectory by trajectory, not node by node
         return visited[order[self.source.rows(n, rows) - self.source.rows(n)[0]]]
 
     def log(self) -> dict[str, float]:
-        """The share of transitions that the student was asked to make, and the share that it made, since the beginning."""
+        """The share of transitions that the student was asked to make, and the share that it made."""
         total, asked, made = self.tally.tolist()
         return {"beta asked": asked / total, "beta used": made / total} if total else {}
 

@@ -21,7 +21,7 @@ __all__ = ['Origin', 'under', 'within', 'States', 'cat_states', 'RollIn', 'Data'
 
 # %% ../../nbs/03_rollins/01_states.ipynb #c08e58b8
 class Origin(IntEnum):
-    """Who brought a state about: noised data, the walk's starting noise, or the last transition by teacher or student."""
+    """Who brought a state about: noised data, a walk's first noise, or the last transition by teacher or student."""
 
     DATA, NOISE, TEACHER, STUDENT = 0, 1, 2, 3
 
@@ -38,11 +38,11 @@ def within(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # %% ../../nbs/03_rollins/01_states.ipynb #0b9a8997
 @dataclass
 class States:
-    """n states to train on: z (n, …) at the times t (n,) float64, and s (n,) float64, the next times of the student's grid.
+    """n states to train on: z (n, …) at the times t (n,), and s (n,), the next times of the student's grid (both float64).
 
     cond: n rows of conditions, or None. origin: (n,) numpy, of `Origin`. x: (n, …) the clean data, where known.
-    teacher_z: (n, …) the labels, where the teacher arrives at s; `known`: (n,) numpy, for which rows it is filled in (None: for none).
-    arrival: (n, …) where the student arrived at s, written by a method that computed it, for a roll-in that goes on from there.
+    teacher_z: (n, …) the labels, where the teacher arrives at s; known: (n,) numpy, which rows have one (None: none has).
+    arrival: (n, …) where the student arrived at s, written by a method that computed it, for a walk that goes on there.
     """
 
     z: Tensor
@@ -63,10 +63,11 @@ class States:
         return States.from_flat({name: function(value) for name, value in self.flat().items()})
 
     def flat(self) -> dict[str, Tensor]:
-        """All that is known as one flat dictionary of tensors, which share their memory with these states; a condition `key` is "cond.key"."""
+        """All that is known as a flat dictionary of tensors, which share their memory; a condition `key` is "cond.key"."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cond"}
         conditions = self.cond if isinstance(self.cond, dict) else {"": self.cond}
-        return {name: torch.as_tensor(value) for name, value in (values | under("cond", conditions)).items() if value is not None}
+        values |= under("cond", conditions)
+        return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
 
     @staticmethod
     def from_flat(tensors: Mapping[str, Tensor]) -> States:
@@ -96,7 +97,7 @@ class States:
 
 # %% ../../nbs/03_rollins/01_states.ipynb #a007eb65
 def cat_states(parts: Sequence[States]) -> States:
-    """Several batches of states as one; which of them have labels is marked in `known`. What else only some of them know is left out.
+    """Several batches of states as one; `known` marks which have labels. What else only some of them know is left out.
 
     Raises ValueError if their conditions are of several forms.
     """
@@ -113,12 +114,15 @@ def cat_states(parts: Sequence[States]) -> States:
 
 # %% ../../nbs/03_rollins/01_states.ipynb #869504f6
 class RollIn:
-    """Where states come from. A roll-in writes `sample`; what it counts, remembers and asks of the processes it adds where there is any."""
+    """Where states come from. A roll-in writes `sample`, and what it counts and remembers, if there is anything.
 
-    asks_apart = False  # whether networks may be called on some processes and not on others, which some ways to share a network forbid
+    `asks_apart`: whether networks may be called on some processes and not on others, which FSDP forbids.
+    """
+
+    asks_apart: bool = False
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        """This process' share of a global batch of `n` states for update `step`; `rows` (n booleans) asks for some of them only."""
+        """This process' share of a global batch of `n` states for update `step`; `rows` (n booleans) asks for some only."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its states come from: write its `sample`")
 
     def log(self) -> dict[str, float]:
@@ -126,7 +130,7 @@ class RollIn:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it has to remember to go on later, as a flat dictionary of tensors; nothing, if states are a function of (seed, update)."""
+        """All that it remembers, as a flat dictionary of tensors; nothing, if states are a function of (seed, update)."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

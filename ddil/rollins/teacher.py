@@ -22,18 +22,20 @@ __all__ = ['Teacher']
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #476011af
 class Teacher:
-    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride]; a label is `look` of its steps on.
+    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride].
 
-    `look` divides `stride` and is as long if not given (progressive distillation); consistency methods look one step ahead.
-    Labels start at the nodes of `label_grid`.
+    A label is where it arrives `look` of its steps on. `look` divides `stride` and is as long if not given (progressive
+    distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
     """
 
-    def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim, look: int | None = None):
+    def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim,
+                 look: int | None = None):
         grid, look = check_grid(grid), stride if look is None else look
         if stride < 1 or (len(grid) - 1) % stride:
             raise ValueError(f"a grid of {len(grid) - 1} steps cannot be walked {stride} steps at a time")
         if look < 1 or stride % look:
-            raise ValueError(f"labels {look} steps ahead do not divide the student's step, which is {stride} of the teacher's")
+            raise ValueError(f"labels {look} steps ahead do not divide the student's step, "
+                             f"which is {stride} of the teacher's")
         self.denoiser, self.stride, self.solver, self.look = denoiser, stride, solver, look
         self.grid = grid.to(denoiser.device)
         self.stops = grid.tolist()
@@ -48,7 +50,8 @@ class Teacher:
                 raise ValueError(f"time {t} is not a node of {self._where(steps)}")
             return self.stops[place : place + steps + 1]
         place = torch.searchsorted(self._rising, -t.contiguous()).clamp(max=len(self._rising) - 2) * self.look
-        if readable(t) and (not torch.equal(self.grid[place], t) or place.max() + steps >= len(self.grid)):  # else it would stall
+        # Elsewhere looking at the values would stall the device.
+        if readable(t) and (not torch.equal(self.grid[place], t) or place.max() + steps >= len(self.grid)):
             raise ValueError(f"states lie at times that are not nodes of {self._where(steps)}")
         return [t, *(self.grid[place + k] for k in range(1, steps + 1))]
 
@@ -60,11 +63,12 @@ class Teacher:
                 steps: int | None = None) -> Tensor:
         """Where the teacher arrives `steps` of its steps (default: `look`) after (z, t).
 
-        Every call starts a history of its own: a multistep solver takes the first step at first order. `noise` is for stochastic solvers.
+        Every call starts a history of its own: a multistep solver takes the first step at first order.
+        `noise` is for stochastic solvers.
         """
         with torch.inference_mode():
             stops = self._times(t, steps or self.look)
-            # Steps to the end of the whole grid, where known: only its last step is a final one. (Per sample, times of 0 tell.)
+            # Only the last step of the whole grid is a final one. (With a time for each sample, times of 0 tell.)
             remaining = len(self.stops) if isinstance(t, Tensor) else len(self.stops) - 1 - self.stops.index(t)
             memory = Memory(noise, remaining)
             for start, end in zip(stops, stops[1:]):
@@ -74,7 +78,8 @@ class Teacher:
 
     def states_at(self, place: int, z: Tensor, cond: Cond, origin: np.ndarray, **known: Tensor | None) -> States:
         """States z (n, …) at the time number `place` of its grid, a node of `label_grid`; s is where a label ends."""
-        t, s = (torch.full((len(z),), self.stops[k], dtype=torch.float64, device=z.device) for k in (place, place + self.look))
+        ends = self.stops[place], self.stops[place + self.look]
+        t, s = (torch.full((len(z),), end, dtype=torch.float64, device=z.device) for end in ends)
         return States(z, t, s, cond, origin, **known)
 
     def label(self, states: States) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .teacher import Teacher
 from ..solvers import AnalyticFirstStep, ddim, walk
 
 # %% auto #0
-__all__ = ['is_analytic', 'Walk']
+__all__ = ['is_analytic', 'Trip', 'Walk']
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
 def is_analytic(student: Denoiser, t: float) -> bool:
@@ -31,57 +32,80 @@ def is_analytic(student: Denoiser, t: float) -> bool:
         student = student.denoiser
     return False
 
+# %% ../../nbs/03_rollins/09_walk.ipynb #192e12a4
+@dataclass
+class Trip:
+    """One walk on a teacher's grid, and the node where it stands. `path` (nodes, n, …): where the teacher's own walk arrives."""
+
+    teacher: Teacher
+    node: int = 0
+    path: Tensor | None = None
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """The present node's time and the next."""
+        stops, stride = self.teacher.stops, self.teacher.stride
+        return stops[self.node * stride], stops[(self.node + 1) * stride]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the next node is the end."""
+        return self.node == len(self.teacher.student_grid) - 2
+
+    def lay_path(self, start: States) -> None:
+        """Let the teacher walk from the first states to the end."""
+        teacher = self.teacher
+        with torch.inference_mode():
+            states = list(walk(teacher.denoiser, start.z, teacher.grid.cpu(), start.cond, teacher.solver))
+        self.path = torch.stack(states[teacher.stride - 1 :: teacher.stride]).clone()
+
+    def here(self, z: Tensor, cond: Cond, origin: np.ndarray) -> States:
+        """States at the present node; their labels are on the teacher's path, if there is one."""
+        states = self.teacher.states_at(self.node * self.teacher.stride, z, cond, origin)
+        return states if self.path is None else states.with_labels(self.path[self.node])
+
 # %% ../../nbs/03_rollins/09_walk.ipynb #d2f684e0
 class Walk(RollIn):
-    """The student's own walk, one node an update: a batch is where the student arrived in the one before (SFD, Zhou et al. 2024).
+    """The student's own walk, one node an update: a batch is where the student arrived in the one before.
 
-    `labeller`: "trajectory", the teacher's own walk from the same noise (published), or "teacher", asked again at the student's state
-    (DAgger). `driver`: "student", or "teacher" for walks along the teacher's path (behaviour cloning). `teacher`: several, with grids
-    of several lengths, take turns at random; a student with the input "steps" is told which.
+    SFD (Zhou et al. 2024, algorithm 2). `labeller`: "trajectory", the teacher's own walk from the same noise (published),
+    or "teacher", asked again at the student's state (DAgger). `driver`: "student", or "teacher" for walks along the
+    teacher's path (behaviour cloning). `teacher`: several, with grids of several lengths, take turns at random; a student
+    with the input "steps" is told which.
     """
 
-    def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int], data: Data | None = None,
-                 labeller: str = "trajectory", driver: str = "student", source: Source | int = Source()):
+    def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int],
+                 data: Data | None = None, labeller: str = "trajectory", driver: str = "student",
+                 source: Source | int = Source()):
         if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
-            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' or 'teacher', "
-                             f"not {labeller!r} and {driver!r}")
+            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' "
+                             f"or 'teacher', not {labeller!r} and {driver!r}")
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
-            raise ValueError("student and teachers must walk on one schedule, and labels be one step of the student ahead")
+            raise ValueError("student and teachers must walk on one schedule, "
+                             "and labels be one step of the student ahead")
         self.student, self.shape, self.data, self.labeller, self.driver = student, tuple(shape), data, labeller, driver
-        self.source = Source.of(source).on(student.device)
-        self.walks, self.place = 0, 0  # walks begun, node of the last batch in the present one
-        self.teacher = self._turn()  # the one of the present walk
+        self.source, self.walks = Source.of(source).on(student.device), 0
+        self.trip = self._trip()
         self.last: States | None = None  # the batch of the last update
-        self.path: Tensor | None = None  # where the teacher's own walk arrives at the student's nodes, (nodes, rows, …)
 
-    def _turn(self) -> Teacher:
-        """Whose turn it is in the present walk."""
-        return self.teachers[int(self.source.generator("length", self.walks).integers(len(self.teachers)))]
+    def _trip(self, node: int = 0, path: Tensor | None = None) -> Trip:
+        """The present walk: the teachers take turns at random."""
+        turn = int(self.source.generator("length", self.walks).integers(len(self.teachers)))
+        return Trip(self.teachers[turn], node, path)
 
     def _begin(self, n: int) -> States:
         """A new walk: noise, conditions, and the teacher's states if these are the labels."""
-        self.walks, self.place, self.path = self.walks + 1, 0, None
-        self.teacher = self._turn()
-        start = begin(self.teacher, self.shape, self.data, self.source.draws("walk", self.walks, n=n))
+        self.walks += 1
+        self.trip = self._trip()
+        start = begin(self.trip.teacher, self.shape, self.data, self.source.draws("walk", self.walks, n=n))
         if self.labeller == "trajectory":
-            with torch.inference_mode():
-                path = list(walk(self.teacher.denoiser, start.z, self.teacher.grid.cpu(), start.cond, self.teacher.solver))
-            self.path = torch.stack(path[self.teacher.stride - 1 :: self.teacher.stride]).clone()
+            self.trip.lay_path(start)
+        cond, device = start.cond, self.source.device
         if "steps" in self.student.inputs:
-            steps = torch.full((len(start),), float(len(self.teacher.student_grid) - 1), device=self.source.device)
-            start.cond = with_inputs(start.cond, steps=steps)
-        return self._here(start.z, start.cond, start.origin)
-
-    def _here(self, z: Tensor, cond: Cond, origin: np.ndarray) -> States:
-        """States at the present node, with the labels if there are any."""
-        states = self.teacher.states_at(self.place * self.teacher.stride, z, cond, origin)
-        return states if self.path is None else states.with_labels(self.path[self.place])
-
-    def _times(self) -> tuple[float, float]:
-        """The present node and the next."""
-        stops, stride = self.teacher.stops, self.teacher.stride
-        return stops[self.place * stride], stops[(self.place + 1) * stride]
+            steps = float(len(self.trip.teacher.student_grid) - 1)
+            cond = with_inputs(cond, steps=torch.full((len(start),), steps, device=device))
+        return self.trip.here(start.z, cond, start.origin)
 
     def _go_on(self) -> States:
         """Where the driver arrived: the student as the method computed it, or by one evaluation more."""
@@ -90,15 +114,14 @@ class Walk(RollIn):
             states.arrival = states.teacher_z
         elif states.arrival is None:
             with driving(self.student):
-                arrival = ddim(self.student, states.z, *self._times(), states.cond)
+                arrival = ddim(self.student, states.z, *self.trip.times, states.cond)
             states.arrival = arrival.clone()  # autograd may save a copy
-        self.place += 1
-        return self._here(states.arrival, states.cond, np.full(len(states), Origin[self.driver.upper()]))
+        self.trip.node += 1
+        return self.trip.here(states.arrival, states.cond, np.full(len(states), Origin[self.driver.upper()]))
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        ended = self.last is None or self.place == len(self.teacher.student_grid) - 2
-        self.last = self._begin(n) if ended else self._go_on()
-        if is_analytic(self.student, self._times()[0]):
+        self.last = self._begin(n) if self.last is None or self.trip.is_over else self._go_on()
+        if is_analytic(self.student, self.trip.times[0]):
             self.last = self._go_on()
         return self.last if rows is None else self.last[np.flatnonzero(rows[self.source.rows(n)])]
 
@@ -109,15 +132,14 @@ class Walk(RollIn):
         """The last batch, where it stands in its walk, and the labels that are still to come."""
         if self.last is None:
             return {}
-        path = {} if self.path is None else {"path": self.path}
-        return {"counters": torch.tensor([self.walks, self.place]), **path, **self.last.flat()}
+        path = {} if self.trip.path is None else {"path": self.trip.path}
+        return {"counters": torch.tensor([self.walks, self.trip.node]), **path, **self.last.flat()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if not state:
             return
-        self.walks, self.place = (int(value) for value in state["counters"])
-        self.teacher = self._turn()
         tensors = {key: value.to(self.source.device, copy=True) for key, value in state.items()}
-        self.path = tensors.get("path")
-        here = self._here(tensors["z"], None, np.zeros(len(tensors["z"]), int))  # what an older checkpoint does not repeat
-        self.last = States.from_flat({**here.flat(), **tensors})
+        self.walks, node = (int(value) for value in state["counters"])
+        self.trip = self._trip(node, tensors.get("path"))
+        here = self.trip.here(tensors["z"], None, np.zeros(len(tensors["z"]), int))
+        self.last = States.from_flat({**here.flat(), **tensors})  # older checkpoints do not repeat what is in `here`
