@@ -25,7 +25,7 @@ __all__ = ['DDIL']
 # %% ../../nbs/03_rollins/10_ddil.ipynb #a557a89c
 @dataclass(frozen=True)
 class DDIL:
-    """On whose states a student is trained (Garrepalli et al. 2024, supplement A). Raises ValueError for what cannot be.
+    """On whose states a student is trained (Garrepalli et al. 2024, supplement A). It checks its values.
 
     `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise
     the share of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published)

@@ -48,7 +48,7 @@ class Ramp:
 
 # %% ../../nbs/03_rollins/04_ramp.ipynb #69f42d6f
 def check_mixing(mixing: str) -> str:
-    """The word `mixing`: one choice is made for a whole "batch" or for each "sample". Raises ValueError for another word."""
+    """The word `mixing`: one choice for a whole "batch", or for each "sample". Raises ValueError for another word."""
     if mixing not in ("batch", "sample"):
         raise ValueError(f"mixing must be 'batch' or 'sample', not {mixing!r}")
     return mixing

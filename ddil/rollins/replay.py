@@ -64,8 +64,8 @@ class Ring:
 class Replay(RollIn):
     """The last `capacity` states of `rollout`, each trained on `reuse` times on average.
 
-    `batch`: rows of a global batch. `trajectories`: roll-outs of a collection (a divisor of `batch`; the first fills all
-    lanes). Raises ValueError for a capacity of less than one trajectory a row, or roll-outs that cannot be shared.
+    `batch`: rows of a global batch. `trajectories`: roll-outs of a collection (a divisor of `batch`; the first fills
+    all lanes). Raises ValueError for a capacity of less than one trajectory a row, or roll-outs that cannot be shared.
     """
 
     def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0,
@@ -110,14 +110,15 @@ class Replay(RollIn):
         """What was collected and reused, the age in updates of the last batch, and the roll-out's own log."""
         collected = int(self.ring.written.sum())
         reused = self.served / collected if collected else 0.0
-        figures = {"collected states": collected, "reuse asked": self.reuse, "reuse used": reused, "age": float(self.age)}
-        return figures | self.rollout.log()
+        reuse = {"reuse asked": self.reuse, "reuse used": reused}
+        return {"collected states": collected, **reuse, "age": float(self.age)} | self.rollout.log()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors of a flat dictionary."""
         age = torch.tensor(float(self.age), dtype=torch.float64)
         counters = torch.tensor([self.collections, self.served])
-        return {"counters": counters, "age": age, **self.ring.state_dict(), **under("rollout", self.rollout.state_dict())}
+        rollout = under("rollout", self.rollout.state_dict())
+        return {"counters": counters, "age": age, **self.ring.state_dict(), **rollout}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.collections, self.served = (int(value) for value in state["counters"])

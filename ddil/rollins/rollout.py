@@ -28,7 +28,7 @@ Driver = Callable[[Tensor, Cond, "Tensor | slice"], Tensor]
 
 
 def mixed_step(z: Tensor, cond: Cond, by_student: np.ndarray, student: Driver, teacher: Driver) -> Tensor:
-    """Where the states z (n, …) arrive, if the student moves the rows `by_student` (n booleans), the teacher the others.
+    """Where the states z (n, …) arrive, if the student moves the rows `by_student` (n booleans), the teacher others.
 
     Each is asked for its own rows: student(z, cond, rows) gets these states, their conditions, and the rows' index.
     """
@@ -168,7 +168,7 @@ class Rollout(RollIn):
         with torch.inference_mode(False):
             copies = [states.map(Tensor.clone) for states in self.trajectories(enough, step)]  # which autograd may save
             visited = cat_states(copies)
-        order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # trajectory by trajectory, not node by node
+        order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # trajectory by trajectory
         return visited[order[self.source.rows(n, rows) - self.source.rows(n)[0]]]
 
     def log(self) -> dict[str, float]:

@@ -38,10 +38,10 @@ def within(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # %% ../../nbs/03_rollins/01_states.ipynb #0b9a8997
 @dataclass
 class States:
-    """n states to train on: z (n, …) at the times t (n,), and s (n,), the next times of the student's grid (both float64).
+    """n states to train on: z (n, …) at the times t, and s, the next times of the student's grid, both (n,) float64.
 
     cond: n rows of conditions, or None. origin: (n,) numpy, of `Origin`. x: (n, …) the clean data, where known.
-    teacher_z: (n, …) the labels, where the teacher arrives at s; known: (n,) numpy, which rows have one (None: none has).
+    teacher_z: (n, …) the labels, where the teacher arrives at s; known: (n,) numpy, which rows have one (None: none).
     arrival: (n, …) where the student arrived at s, written by a method that computed it, for a walk that goes on there.
     """
 
@@ -63,7 +63,7 @@ class States:
         return States.from_flat({name: function(value) for name, value in self.flat().items()})
 
     def flat(self) -> dict[str, Tensor]:
-        """All that is known as a flat dictionary of tensors, which share their memory; a condition `key` is "cond.key"."""
+        """All that is known as a flat dictionary of tensors, which share their memory; conditions are "cond.key"."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cond"}
         conditions = self.cond if isinstance(self.cond, dict) else {"": self.cond}
         values |= under("cond", conditions)
@@ -122,7 +122,7 @@ class RollIn:
     asks_apart: bool = False
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        """This process' share of a global batch of `n` states for update `step`; `rows` (n booleans) asks for some only."""
+        """This process' share of a global batch of `n` states for update `step`; `rows`, n booleans, asks for some."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its states come from: write its `sample`")
 
     def log(self) -> dict[str, float]:
@@ -130,7 +130,7 @@ class RollIn:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it remembers, as a flat dictionary of tensors; nothing, if states are a function of (seed, update)."""
+        """All that it remembers, as a flat dictionary of tensors; nothing, if seed and update decide the states."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

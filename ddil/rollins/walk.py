@@ -35,7 +35,7 @@ def is_analytic(student: Denoiser, t: float) -> bool:
 # %% ../../nbs/03_rollins/09_walk.ipynb #192e12a4
 @dataclass
 class Trip:
-    """One walk on a teacher's grid, and the node where it stands. `path` (nodes, n, …): where the teacher's own walk arrives."""
+    """One walk on a teacher's grid, and the node where it stands. `path` (nodes, n, …): the teacher's own walk."""
 
     teacher: Teacher
     node: int = 0
@@ -68,18 +68,18 @@ class Trip:
 class Walk(RollIn):
     """The student's own walk, one node an update: a batch is where the student arrived in the one before.
 
-    SFD (Zhou et al. 2024, algorithm 2). `labeller`: "trajectory", the teacher's own walk from the same noise (published),
-    or "teacher", asked again at the student's state (DAgger). `driver`: "student", or "teacher" for walks along the
-    teacher's path (behaviour cloning). `teacher`: several, with grids of several lengths, take turns at random; a student
-    with the input "steps" is told which.
+    SFD (Zhou et al. 2024, algorithm 2). `labeller`: "trajectory", the teacher's own walk from the same noise
+    (published), or "teacher", asked again at the student's state (DAgger). `driver`: "student", or "teacher" for walks along the
+    teacher's path (behaviour cloning). `teacher`: several, with grids of several lengths, take turns at random; a
+    student with the input "steps" is told which.
     """
 
     def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int],
                  data: Data | None = None, labeller: str = "trajectory", driver: str = "student",
                  source: Source | int = Source()):
         if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
-            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', and driver 'student' "
-                             f"or 'teacher', not {labeller!r} and {driver!r}")
+            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', "
+                             f"and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
             raise ValueError("student and teachers must walk on one schedule, "
