@@ -26,7 +26,8 @@ from ..training.settings import Settings
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Pair', 'SMALL', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Plan', 'preset', 'read_plan', 'write_plan']
+__all__ = ['Pair', 'SMALL', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan', 'flat', 'decisive',
+           'preset', 'read_plan', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 Pair = tuple[Probability, Probability]
@@ -105,29 +106,14 @@ def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"log_every": max(1, min(50, updates // 20))} if isinstance(updates, int) and updates > 0 else {}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d13945ee
-class Plan(Where, What, HowLong, WhoseStates):
-    """Everything that decides a distillation. Raises UnusableValues, a ValueError that lists all faults with remedies."""
+class Values(Where, What, HowLong, WhoseStates):
+    """The fields of a plan, and what their names stand for."""
 
     problem: str = Field("", description="a kind of problem, such as digits; none: it is given in Python, or a model is named")
     method: str = Field("progressive", description="a method of the menu, see `ddil methods`")
     stages: tuple[Count, ...] = Field((16, 8, 4, 2, 1), description="numbers of steps, from the teacher's to the student's")
     problem_options: dict = Field(default_factory=dict, description="what the problem takes of its own")
     method_options: dict = Field(default_factory=dict, description="what the method takes of its own")
-
-    def __init__(self, /, **values: Any):
-        try:
-            entry, kind, sorted_out = _sorted_out(values)
-        except ValueError as error:
-            raise UnusableValues("the plan", [str(error)]) from None
-        faults = [*_ignored(entry, kind, sorted_out), *_strange(entry, kind, sorted_out)]
-        merged = {**_defaults(entry, kind), **{name: value for name, value in sorted_out.items() if name in Plan.model_fields}}
-        merged = {**_log_every(merged), **merged}
-        try:
-            super().__init__(**merged)
-        except UnusableValues as error:
-            raise UnusableValues("the plan", [*faults, *error.wrong], error.absent) from None
-        if faults:
-            raise UnusableValues("the plan", faults)
 
     @property
     def entry(self) -> Entry:
@@ -144,6 +130,10 @@ class Plan(Where, What, HowLong, WhoseStates):
         """Steps of teacher and student of each stage."""
         return list(pairwise(self.stages))
 
+# %% ../../nbs/09_distil/03_plan.ipynb #b1fb249f
+class Checked(Values):
+    """Values that go together."""
+
     @rule
     def steps(self) -> Iterable[str]:
         """The stages suit the method."""
@@ -152,30 +142,50 @@ class Plan(Where, What, HowLong, WhoseStates):
     @rule
     def own_options(self) -> Iterable[str]:
         """The method's and the problem's own options can be used."""
-        return [*_lines(lambda: self.options), *(_lines(lambda: kind_by_name(self.problem).form(**self.problem_options)) if self.problem else [])]
+        problem = _lines(lambda: kind_by_name(self.problem).form(**self.problem_options)) if self.problem else []
+        return [*_lines(lambda: self.options), *problem]
 
     @rule
     def shares(self) -> Iterable[str]:
         """A batch can be shared by the processes, and a trajectory kept for each of its rows."""
         parts = self.processes * self.nodes * self.accumulate
         if self.batch % parts:
-            yield (f"batch = {self.batch}: cannot be shared by {self.processes} processes on {self.nodes} nodes in {self.accumulate} "
-                   f"parts each: choose a multiple of {parts}")
+            yield (f"batch = {self.batch}: cannot be shared by {self.processes} processes on {self.nodes} nodes in "
+                   f"{self.accumulate} parts each: choose a multiple of {parts}")
         most = self.batch * max(self.stages[1:], default=1)
         if any(self.collected) and self.capacity < most:
-            yield f"capacity = {self.capacity}: cannot hold one trajectory for each row of the batch: choose {most} or more, or a smaller batch"
+            yield (f"capacity = {self.capacity}: cannot hold one trajectory for each row of the batch: choose {most} "
+                   "or more, or a smaller batch")
 
     @rule
     def together(self) -> Iterable[str]:
-        """Adapters, distribution and precision go together."""
+        """Adapters go together with the rest."""
         if self.adapters == "lora" and self.compile_teacher:
+<<<<<<< HEAD
             yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart from it"
         if self.adapters == "lora" and self.distribution != "ddp":
             yield f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: choose 'ddp'"
+=======
+            yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart"
+        if self.adapters == "lora" and self.distribution == "fsdp2":
+            yield "distribution = 'fsdp2': does not share out a frozen network that adapters sit on: choose 'ddp'"
+>>>>>>> f504a86 (A plan in three cells: values, rules, and what those ask who carry it out)
         if self.adapters == "lora" and self.entry.inputs(self.options):
-            yield "adapters = 'lora': adapters on a shared network take no further inputs, which this method's student needs: choose 'full'"
+            yield ("adapters = 'lora': adapters on a shared network take no further inputs, which this method's student "
+                   "needs: choose 'full'")
 
-    # values for those who carry it out
+# %% ../../nbs/09_distil/03_plan.ipynb #689850a2
+class Plan(Checked):
+    """Everything that decides a distillation. Raises UnusableValues, a ValueError that lists all faults with remedies."""
+
+    def __init__(self, /, **values: Any):
+        merged, faults = _merged(values)
+        try:
+            super().__init__(**merged)
+        except UnusableValues as error:
+            raise UnusableValues("the plan", [*faults, *error.wrong], error.absent) from None
+        if faults:
+            raise UnusableValues("the plan", faults)
 
     @property
     def ddil(self) -> DDIL | None:
@@ -191,26 +201,46 @@ class Plan(Where, What, HowLong, WhoseStates):
         """The denoiser with its clean estimates kept as the plan says."""
         return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
 
-    def decisive(self) -> dict[str, Any]:
-        """What decides the students, in plain values: not where it runs, nor what is found in the problem's description."""
-        free = {*Where.model_fields, "log_every", "checkpoint_every", "watch_every", "gradient_checkpointing", "problem", "problem_options", "method_options"} - {"precision"}
-        unused = (set() if self.adapters == "lora" else {"rank", "alpha"}) | (set() if any(self.collected) else {"beta", "mixing", "capacity", "reuse"})
-        values = {name: value for name, value in self.model_dump().items() if name not in free | unused}
-        return json.loads(json.dumps({**values, **self.options.model_dump()}))
-
     def but(self, **changes: Any) -> Plan:
         """The same plan with some values changed; what only a value that is gone gave sense to goes with it."""
-        values = {**self.flat(), **changes}
+        values = {**flat(self), **changes}
         needless = {"bound"} if values["reflection"] == "off" else set()
         needless |= {"alpha"} if values["adapters"] == "full" else set()
         return Plan(**{name: value for name, value in values.items() if name in changes or name not in needless})
 
     def flat(self) -> dict[str, Any]:
         """All values as they are written in a file."""
-        unused = set(WhoseStates.model_fields) if self.entry.ddil else set()
-        unused |= {"bound"} if self.reflection == "off" else set()
-        values = {name: value for name, value in self.model_dump().items() if name not in unused and not name.endswith("_options")}
-        return json.loads(json.dumps({**values, **self.problem_options, **self.method_options}))
+        return flat(self)
+
+# %% ../../nbs/09_distil/03_plan.ipynb #48839c4a
+def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Some values with the defaults that suit them, and complaints about those that would be ignored."""
+    try:
+        entry, kind, sorted_out = _sorted_out(values)
+    except ValueError as error:
+        raise UnusableValues("the plan", [str(error)]) from None
+    faults = [*_ignored(entry, kind, sorted_out), *_strange(entry, kind, sorted_out)]
+    own = {name: value for name, value in sorted_out.items() if name in Plan.model_fields}
+    merged = {**_defaults(entry, kind), **own}
+    return {**_log_every(merged), **merged}, faults
+
+
+def flat(plan: Plan) -> dict[str, Any]:
+    """All values of a plan as they are written in a file; what the method or the plan has no use for is left out."""
+    unused = set(WhoseStates.model_fields) if plan.entry.ddil else set()
+    unused |= {"bound"} if plan.reflection == "off" else set()
+    values = {name: value for name, value in plan.model_dump().items() if name not in unused and not name.endswith("_options")}
+    return json.loads(json.dumps({**values, **plan.problem_options, **plan.method_options}))
+
+
+def decisive(plan: Plan) -> dict[str, Any]:
+    """What decides the students, in plain values: not where it runs, nor what is found in the problem's description."""
+    free = {*Where.model_fields, "log_every", "checkpoint_every", "watch_every", "gradient_checkpointing", "problem",
+            "problem_options", "method_options"} - {"precision"}
+    free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
+    free |= set() if any(plan.collected) else {"beta", "mixing", "capacity", "reuse"}
+    values = {name: value for name, value in plan.model_dump().items() if name not in free}
+    return json.loads(json.dumps({**values, **plan.options.model_dump()}))
 
 # %% ../../nbs/09_distil/03_plan.ipynb #6ac479a2
 def _complaint(check) -> list[str]:

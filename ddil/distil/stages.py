@@ -23,7 +23,7 @@ from ..diffusion.denoiser import Denoiser, map_cond, split_inputs
 from ..diffusion.noise import Shard, Source
 from ..diffusion.wrappers import Guided, innermost
 from .menu import MENU, Entry, NEEDS, Stage
-from .plan import Plan, read_plan, write_plan
+from .plan import Plan, decisive, read_plan, write_plan
 from .problem import Bar, Problem, check_problem, has_pictures, kind_by_name, no_bar
 from ..files import write_text
 from ..measure.distances import density_coverage
@@ -174,7 +174,7 @@ def _beginner(base: Denoiser, plan: Plan) -> Callable[[str], Denoiser]:
 
 def identity_of(problem: Problem, plan: Plan) -> dict[str, Any]:
     """What decides the students, in plain values."""
-    return json.loads(json.dumps({**problem.description, **plan.decisive()}))
+    return json.loads(json.dumps({**problem.description, **decisive(plan)}))
 
 # %% ../../nbs/09_distil/04_stages.ipynb #455a3bba
 def _coarse(x: Tensor) -> Tensor:
