@@ -130,7 +130,7 @@ class Values(Where, What, HowLong, WhoseStates):
         """Steps of teacher and student of each stage."""
         return list(pairwise(self.stages))
 
-# %% ../../nbs/09_distil/03_plan.ipynb #b1fb249f
+# %% ../../nbs/09_distil/03_plan.ipynb #d9bed50e
 class Checked(Values):
     """Values that go together."""
 
@@ -161,15 +161,10 @@ class Checked(Values):
     def together(self) -> Iterable[str]:
         """Adapters go together with the rest."""
         if self.adapters == "lora" and self.compile_teacher:
-<<<<<<< HEAD
-            yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart from it"
-        if self.adapters == "lora" and self.distribution != "ddp":
-            yield f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: choose 'ddp'"
-=======
             yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart"
-        if self.adapters == "lora" and self.distribution == "fsdp2":
-            yield "distribution = 'fsdp2': does not share out a frozen network that adapters sit on: choose 'ddp'"
->>>>>>> f504a86 (A plan in three cells: values, rules, and what those ask who carry it out)
+        if self.adapters == "lora" and self.distribution != "ddp":
+            yield (f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: "
+                   "choose 'ddp'")
         if self.adapters == "lora" and self.entry.inputs(self.options):
             yield ("adapters = 'lora': adapters on a shared network take no further inputs, which this method's student "
                    "needs: choose 'full'")
