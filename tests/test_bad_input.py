@@ -1,4 +1,4 @@
-"""Bad input is refused with its name and the remedy, before anything is computed; damaged files are refused, and never unpickled."""
+"""Bad input is refused by name, with the remedy, before anything is computed; damaged files are never unpickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forked import ROOT, alone, run_experiment
 from torch import Tensor
 
 import ddil.datasets.digits
-import ddil.distil.stages
+import ddil.distil.problem
 from ddil.solvers.sampler import Sampler
 from ddil.datasets.digits import digits
 from ddil.rollins.data import TensorData
@@ -26,7 +26,9 @@ from ddil.diffusion.denoiser import Denoiser
 from ddil.diffusion.wrappers import Guided, Reflected
 from ddil.models.unet import ClassDenoiser
 from ddil.distil.problem import atoms_problem, digits_problem, Problem
-from ddil.distil.stages import distil, run_task
+from ddil.distil.plan import read_plan
+from ddil.distil.stages import distil, make_problem
+from ddil.forms import UnusableValues
 from ddil.diffusion.exact import Gaussian
 from ddil.files import unseal
 from ddil.methods.progressive import Progressive
@@ -49,12 +51,15 @@ WEIGHTS = "network/diffusion_pytorch_model.safetensors"
 
 BAD_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "parameters": (
-        {"updatse": 5, "updates": "many", "atoms_updates": 2.5, "stages": [16, 8, 5], "collected": [0.25, 1.5], "beta": [-0.1, 0.8], "teacher": "nowhere/teacher", "mixing": "samples",
-         "seeds": [1, 1], "processes": 0},
-        ("10 of the parameters cannot be used", "updatse = 5: there is no such parameter (did you mean updates?)", "updates = 'many' must be a whole number of at least 1",
-         "atoms_updates = 2.5 must be a whole number", "stages = [16, 8, 5] must be steps each of which is half of the one before, and 5 is not half of 8: write 4 after 8",
-         "collected = [0.25, 1.5] must be a finite number in [0, 1]", "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
-         "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists", "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
+        {"updatse": 5, "updates": "many", "atoms_updates": 2.5, "stages": [16, 8, 5], "collected": [0.25, 1.5],
+         "beta": [-0.1, 0.8], "teacher": "nowhere/teacher", "mixing": "samples", "seeds": [1, 1], "processes": 0},
+        ("10 of the parameters cannot be used", "updatse = 5: there is no such parameter (did you mean updates?)",
+         "updates = 'many' must be a whole number of at least 1", "atoms_updates = 2.5 must be a whole number",
+         "stages = [16, 8, 5] must be steps each of which is half of the one before, and 5 is not half of 8: write 4",
+         "collected = [0.25, 1.5] must be a finite number in [0, 1]",
+         "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
+         "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists",
+         "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
          "seeds = [1, 1] must not repeat", "processes = 0 must be a finite whole number of at least 1")),
     "stages": ({"stages": [24, 12]}, ("the teacher has 32 steps, so the first stage must divide 32, not be 24",)),
 }
@@ -75,19 +80,37 @@ def test_a_teacher_that_is_none(tmp_path: Path) -> None:
     """A folder that exists and holds no teacher, or a training checkpoint, is named."""
     with pytest.raises(ValueError, match=f"{tmp_path} is not complete.*sealed.json"):
         digits_problem(teacher=tmp_path)
-    distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run", checkpoint_every=1)
+    distil(tiny.problem(), tiny.plan(updates=2, checkpoint_every=1), tmp_path / "run")
     with pytest.raises(ValueError, match="update-00000002 is not a saved sampler.*training checkpoint"):
         digits_problem(teacher=latest_checkpoint(tmp_path / "run" / "8-to-4"))
 
 
-def test_a_task_of_another_version(tmp_path: Path) -> None:
-    """A task file with a field that this version does not know, or an unknown problem, is refused before its problem is made."""
-    task = {"problem": "atoms", "options": {}, "recipe": {"updates": 1, "betta": 0.5}, "folder": str(tmp_path / "run"), "device": "cpu", "checkpoint_every": 1}
-    with pytest.raises(ValueError, match=r"fields of the recipe \['betta'\]"):
-        run_task(task, make_accelerator("cpu"))
-    with pytest.raises(ValueError, match="unknown problem 'atom'.*digits, atoms"):
-        run_task({**task, "problem": "atom", "recipe": {}}, make_accelerator("cpu"))
+STRANGE: dict[str, tuple[str, str]] = {
+    "a name of no version": ("problem: atoms\nbetta: 0.5",
+                             r"betta = 0.5: there is no such option \(did you mean beta"),
+    "a problem of no version": ("problem: atom",
+                                r"there is no problem 'atom' \(did you mean atoms\?\); known are digits, atoms"),
+    "a method of no version": ("method: progresive",
+                               r"there is no method 'progresive' \(did you mean progressive\?\)"),
+    "no names": ("- progressive", "must hold names and values, such as 'method: lcm'"),
+    "no YAML": ("stages: [4, 2", "cannot be read as YAML"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_plan_of_another_version(name: str, tmp_path: Path) -> None:
+    """A file that says what this version does not know is refused as it is read, and nothing is made."""
+    text, message = STRANGE[name]
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(UnusableValues, match=message):
+        read_plan(tmp_path / "plan.yaml", output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_without_a_problem() -> None:
+    """It can be carried out on a problem given in Python alone, and says what to add."""
+    with pytest.raises(ValueError, match="the plan names no problem: add problem = 'digits' or another, or model"):
+        make_problem(tiny.plan(), make_accelerator("cpu"))
 
 
 # Pieces that do not fit
@@ -112,6 +135,11 @@ def mlp(schedule: Any = Cosine(), dim: int = 64, classes: int | None = None) -> 
     return ClassDenoiser(MLP(dim, 16, 1, classes), schedule, "x")
 
 
+def frozen() -> Denoiser:
+    """A perceptron that cannot learn."""
+    return mlp().requires_grad_(False)
+
+
 def digits_with(x: Tensor | None = None, labels: Tensor | None = None) -> Problem:
     """The problem of the digits with other data."""
     made = digits_problem()
@@ -119,16 +147,28 @@ def digits_with(x: Tensor | None = None, labels: Tensor | None = None) -> Proble
     return made
 
 
-UNFIT: dict[str, tuple[Callable[[], Problem], type[Exception], str]] = {
-    "empty data": (lambda: tiny.problem(data=Nothing(), teacher=CountingTeacher()), ValueError, "the data set is empty"),
-    "two schedules": (lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()), ValueError, "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine"),
-    "a student that cannot learn": (lambda: tiny.problem(student=mlp().requires_grad_(False)), ValueError, "no trainable parameters"),
-    "labels out of range": (lambda: digits_with(labels=digits().cond + 5), ValueError, r"labels must be in \[0, 10\]"),
-    "labels that are no whole numbers": (lambda: digits_with(labels=digits().cond.float()), ValueError, "integer labels, not torch.float32"),
-    "labels in one column": (lambda: digits_with(labels=digits().cond[:, None]), ValueError, r"integer labels, not torch.int64 of shape"),
-    "labels for a teacher without classes": (lambda: tiny.problem(data=TensorData(tiny.problem().data.x, torch.zeros(50, dtype=torch.int64))), ValueError, "has no classes"),
-    "no labels": (lambda: digits_with(), ValueError, "label"),
-    "a shape that the data do not have": (lambda: tiny.problem(shape=(32,)), ValueError, r"\(64,\)"),
+def without_classes() -> Problem:
+    """The problem of points with labels that its teacher does not know."""
+    return tiny.problem(data=TensorData(tiny.problem().data.x, torch.zeros(50, dtype=torch.int64)))
+
+
+def column() -> Problem:
+    """The problem of the digits with labels in a column."""
+    return digits_with(labels=digits().cond[:, None])
+
+
+UNFIT: dict[str, tuple[Callable[[], Problem], str]] = {
+    "empty data": (lambda: tiny.problem(data=Nothing(), teacher=CountingTeacher()), "the data set is empty"),
+    "two schedules": (lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()),
+                      "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine"),
+    "a student that cannot learn": (lambda: tiny.problem(student=frozen()), "no trainable parameters"),
+    "labels out of range": (lambda: digits_with(labels=digits().cond + 5), r"labels must be in \[0, 10\]"),
+    "labels that are no whole numbers": (lambda: digits_with(labels=digits().cond.float()),
+                                         "integer labels, not torch.float32"),
+    "labels in one column": (column, r"integer labels, not torch.int64 of shape"),
+    "labels for a teacher without classes": (without_classes, "has no classes"),
+    "no labels": (lambda: digits_with(), "label"),
+    "a shape that the data do not have": (lambda: tiny.problem(shape=(32,)), r"\(64,\)"),
 }
 CASES = [pytest.param(case, arm, id=f"{case}, {arm}") for case in UNFIT for arm in ("PD", "PD + DDIL")]
 
@@ -136,36 +176,47 @@ CASES = [pytest.param(case, arm, id=f"{case}, {arm}") for case in UNFIT for arm 
 @pytest.mark.parametrize(("case", "arm"), CASES)
 def test_pieces_that_do_not_fit(case: str, arm: str, tmp_path: Path) -> None:
     """Distillation with such a problem stops before the first update, and leaves no student."""
-    make, kind, message = UNFIT[case]
-    with pytest.raises(kind, match=message):
-        distil(make(), tiny.recipe(updates=3, collected=(0.0, 0.0) if arm == "PD" else (1.0, 1.0)), tmp_path / "run")
-    assert not list(tmp_path.rglob("student")) and not any(path.read_text() for path in tmp_path.rglob("log.jsonl"))
+    make, message = UNFIT[case]
+    collected = (0.0, 0.0) if arm == "PD" else (1.0, 1.0)
+    with pytest.raises(ValueError, match=message):
+        distil(make(), tiny.plan(updates=3, collected=collected), tmp_path / "run")
+    assert not list(tmp_path.rglob("student"))
+    assert not any(path.read_text() for path in tmp_path.rglob("log.jsonl"))
 
 
-def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
-    """A name or a number that a recipe cannot have stops the distillation before a network is asked."""
-    bad: list[tuple[dict[str, Any], str]] = [({"weighting": "snr+1"}, "known are"), ({"reuse": 0.0}, "reuse must be positive"), ({"ema": 1.0}, r"\(0, 1\)"), ({"learning_rate": float("nan")}, "learning_rate = nan: must be a number > 0"),
-                                             ({"batch": 0}, "batch = 0: must be a whole number ≥ 1"), ({"mixing": "both"}, "'batch' or 'sample', not 'both'")]
-    for changes, message in bad:
-        with pytest.raises(ValueError, match=message):
-            distil(tiny.problem(teacher=CountingTeacher()), tiny.recipe(**changes), tmp_path / "run")
-    assert not list(tmp_path.rglob("*"))
+NO_PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"weighting": "snr+1"}, r"weighting = 'snr\+1': must be one of .*truncated_snr.* \(did you mean snr"),
+    ({"reuse": 0.0}, "reuse = 0.0: must be a number > 0"),
+    ({"ema": 1.0}, r"ema = 1.0: must be a number in \(0, 1\)"),
+    ({"learning_rate": float("nan")}, "learning_rate = nan: must be a number > 0"),
+    ({"batch": 0}, "batch = 0: must be a whole number ≥ 1"),
+    ({"mixing": "both"}, "mixing = 'both': must be one of batch, sample"),
+]
 
 
-def test_a_recipe_is_checked_whether_or_not_it_is_used() -> None:
+@pytest.mark.parametrize(("changes", "message"), NO_PLANS)
+def test_plans_that_cannot_be_followed(changes: dict[str, Any], message: str) -> None:
+    """A name or a number that a plan cannot have is refused as the plan is made."""
+    with pytest.raises(UnusableValues, match=message):
+        tiny.plan(**changes)
+
+
+def test_a_plan_is_checked_whether_or_not_it_is_used() -> None:
     """A mixing that does not exist is refused for PD too."""
-    with pytest.raises(ValueError, match="'batch' or 'sample'"):
-        tiny.recipe(mixing="both", collected=(0.0, 0.0))
+    with pytest.raises(ValueError, match="mixing = 'both': must be one of batch, sample"):
+        tiny.plan(mixing="both", collected=(0.0, 0.0))
 
 
 def test_a_replay_that_does_not_fit() -> None:
     """Too few places, and lanes that cannot be shared, with the numbers that would do."""
     rollout = Rollout(mlp(), Teacher(CountingTeacher(), uniform_grid(8)), (64,), source=Source(shard=Shard(0, 2)))
-    with pytest.raises(ValueError, match="capacity 63 cannot hold one trajectory of 4 states for each of 16 rows: at least 64"):
+    message = "capacity 63 cannot hold one trajectory of 4 states for each of 16 rows: at least 64"
+    with pytest.raises(ValueError, match=message):
         Replay(rollout, 16, 63)
     Replay(rollout, 16, 64)
     for trajectories in (3, 1):
-        with pytest.raises(ValueError, match=f"{trajectories} roll-outs per collection must divide the batch of 16 and be shared by 2 processes"):
+        message = f"{trajectories} roll-outs per collection must divide the batch of 16 and be shared by 2 processes"
+        with pytest.raises(ValueError, match=message):
             Replay(rollout, 16, 64, trajectories=trajectories)
 
 
@@ -174,7 +225,8 @@ def test_a_grid_that_was_not_trained() -> None:
     student, teacher = Sampler(mlp(), uniform_grid(4), (64,)), Sampler(CountingTeacher(), uniform_grid(8), (64,))
     with pytest.raises(ValueError, match=r"made for 4 steps at t = \[1.0, 0.75, 0.5, 0.25, 0.0\], not 5; force=True"):
         student.sample(range(2), steps=5)
-    for grid in (uniform_grid(16), uniform_grid(4, 1.0, 0.1), torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])):  # more steps than the teacher, another end, other times
+    more_steps, another_end, other_times = uniform_grid(16), uniform_grid(4, 1.0, 0.1), [1.0, 0.8, 0.5, 0.2, 0.0]
+    for grid in (more_steps, another_end, torch.tensor(other_times)):
         with pytest.raises(ValueError, match="its times must be every k-th of the teacher's"):
             covariate_shift(Sampler(mlp(), grid, (64,)), teacher, range(2))
     method = Progressive(Teacher(CountingTeacher(), uniform_grid(8)))
@@ -185,11 +237,13 @@ def test_a_grid_that_was_not_trained() -> None:
 
 
 def test_a_student_is_not_guided_again(tmp_path: Path) -> None:
-    """Not as it comes from the disk, not inside its threshold, and neither as the teacher of the next problem; scale 1 is no guidance."""
+    """Not from the disk, not inside its threshold, not as the teacher of the next problem; scale 1 is no guidance."""
     made = digits_problem(2.0)
     Sampler(made.student, uniform_grid(4), made.shape, guidance_scale=2.0).save(tmp_path / "student")
     loaded = Sampler.load(tmp_path / "student").denoiser
-    for attempt in (lambda: Guided(loaded, 2.0), lambda: Guided(Reflected(loaded), 0.0), lambda: digits_problem(2.0, tmp_path / "student"), lambda: Guided.from_weight(loaded, 1.0)):
+    attempts = (lambda: Guided(loaded, 2.0), lambda: Guided(Reflected(loaded), 0.0),
+                lambda: digits_problem(2.0, tmp_path / "student"), lambda: Guided.from_weight(loaded, 1.0))
+    for attempt in attempts:
         with pytest.raises(ValueError, match="would apply guidance twice; use guidance_scale=1"):
             attempt()
     assert Guided(loaded, 1.0).guidance_distilled
@@ -204,7 +258,7 @@ def test_the_student_of_a_distilled_student_is_not_guided_either(tmp_path: Path)
 
 
 def test_a_teacher_with_a_threshold(tmp_path: Path) -> None:
-    """A student that distillation has saved (its estimates are thresholded) may teach the next problem, unless that would guide it again."""
+    """A saved student with thresholded estimates may teach the next problem, unless that would guide it again."""
     teacher = digits_problem().teacher.denoiser
     Sampler(Reflected(teacher), uniform_grid(4), (1, 8, 8)).save(tmp_path / "student")
     made = digits_problem(2.0, tmp_path / "student")
@@ -218,9 +272,10 @@ def test_a_folder_of_another_problem(change: str, tmp_path: Path) -> None:
         first, second = digits_problem(1.5), digits_problem(3.0)
     else:
         first, second = tiny.problem(), atoms_problem(**{**tiny.OPTIONS, "width": 16})
-    plan = tiny.recipe(updates=2, stages=(2, 1), collected=(0.0, 0.0))
+    plan = tiny.plan(updates=2, stages=(2, 1), collected=(0.0, 0.0))
     distil(first, plan, tmp_path / "run")
-    with pytest.raises(ValueError, match=f"student was made (by another|otherwise).*{change}.* there, .* here.*Use another folder, or delete it"):
+    message = f"student was made otherwise.*{change}.* there, .* here.*Use another folder, or delete it"
+    with pytest.raises(ValueError, match=message):
         distil(second, plan, tmp_path / "run")
 
 
@@ -228,29 +283,33 @@ def test_a_folder_of_another_problem(change: str, tmp_path: Path) -> None:
 
 
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """One bad sample stops the run at the update that meets it; with the sample mended the run goes on from the checkpoint before, and ends as if nothing had been."""
-    plan = tiny.recipe(collected=(0.0, 0.0), updates=15, batch=4)
+    """One bad sample stops the run at the update that meets it; mended, the run goes on as if nothing had been."""
+    plan = tiny.plan(collected=(0.0, 0.0), updates=15, batch=4, checkpoint_every=5)
     good, bad = tiny.problem(data=tiny.problem().data), tiny.problem()
-    row = shuffled_indices(len(bad.data), 4, 11, plan.settings(4).seed)[0]  # seen in the twelfth update for the first time: twelve batches of 4 out of 50
+    twelfth = shuffled_indices(len(bad.data), 4, 11, plan.settings(4).seed)  # twelve batches of 4 out of 50: all new
+    row = twelfth[0]
     bad.data = TensorData(bad.data.x.clone())
     bad.data.x[row] = float("nan")
-    with pytest.raises(NonFiniteLoss, match=r"loss is nan at update 12 of 15. Last good checkpoint: .*update-00000010. Lower the learning rate"):
-        distil(bad, plan, tmp_path / "run", checkpoint_every=5)
+    message = "loss is nan at update 12 of 15. Last good checkpoint: .*update-00000010. Lower the learning rate"
+    with pytest.raises(NonFiniteLoss, match=message):
+        distil(bad, plan, tmp_path / "run")
     stage = tmp_path / "run" / "8-to-4"
-    assert [line["update"] for line in read_log(stage)] == list(range(1, 12)) and not (stage / "student").exists()
+    assert [line["update"] for line in read_log(stage)] == list(range(1, 12))
+    assert not (stage / "student").exists()
     unseal(latest_checkpoint(stage))
-    distil(good, plan, tmp_path / "run", checkpoint_every=5)
-    distil(good, plan, tmp_path / "straight", checkpoint_every=5)
+    distil(good, plan, tmp_path / "run")
+    distil(good, plan, tmp_path / "straight")
     tiny.assert_same(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.parametrize("collected", [(0.0, 0.0), (1.0, 1.0)])
 def test_a_rate_that_explodes(collected: tuple[float, float], tmp_path: Path) -> None:
     """A learning rate of 1e30 ends in one error that names it; no student is left that could be taken for one."""
-    with pytest.raises(NonFiniteLoss, match=r"at update \d+ of 40\. Last good checkpoint: none\. Lower the learning rate \(now 1e\+30\)"):
-        distil(tiny.problem(), tiny.recipe(learning_rate=1e30, collected=collected), tmp_path)
+    message = r"at update \d+ of 40\. Last good checkpoint: none\. Lower the learning rate \(now 1e\+30\)"
+    with pytest.raises(NonFiniteLoss, match=message):
+        distil(tiny.problem(), tiny.plan(learning_rate=1e30, collected=collected, checkpoint_every=0), tmp_path)
     assert not list(tmp_path.rglob("student"))
-    assert all(json.loads(line)["loss"] < float("inf") for line in (tmp_path / "8-to-4" / "log.jsonl").read_text().splitlines())
+    assert all(line["loss"] < float("inf") for line in read_log(tmp_path / "8-to-4"))
 
 
 # Checkpoints
@@ -270,7 +329,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     with pytest.raises(Enough):
-        distil(tiny.problem(), tiny.recipe(), folder, checkpoint_every=10, progress=until_25)
+        distil(tiny.problem(), tiny.plan(), folder, bar=until_25)
     return folder
 
 
@@ -288,48 +347,71 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a bit of the roll-in": (lambda place: flip(place / "rollin-0.safetensors"), "rollin-0.safetensors in .*update-00000020 is damaged"),
-    "a bit of the average": (lambda place: flip(place / "average.safetensors"), "average.safetensors in .*update-00000020 is damaged"),
-    "half an optimiser": (lambda place: os.truncate(place / "optimizer-student.safetensors", 1000), "optimizer-student.safetensors in .*update-00000020 is damaged"),
-    "a lost file": (lambda place: (place / "network-student.safetensors").unlink(), "update-00000020 is not complete .*network-student.safetensors"),
-    "no description": (lambda place: (place / "sealed.json").unlink(), "update-00000020 is not complete .*sealed.json"),
+    "a bit of the roll-in": (lambda place: flip(place / "rollin-0.safetensors"),
+                             "rollin-0.safetensors in .*update-00000020 is damaged"),
+    "a bit of the average": (lambda place: flip(place / "average.safetensors"),
+                             "average.safetensors in .*update-00000020 is damaged"),
+    "half an optimiser": (lambda place: os.truncate(place / "optimizer-student.safetensors", 1000),
+                          "optimizer-student.safetensors in .*update-00000020 is damaged"),
+    "a lost file": (lambda place: (place / "network-student.safetensors").unlink(),
+                    "update-00000020 is not complete .*network-student.safetensors"),
+    "no description": (lambda place: (place / "sealed.json").unlink(),
+                       "update-00000020 is not complete .*sealed.json"),
     "half a description": (lambda place: os.truncate(place / "sealed.json", 50), "update-00000020 is not complete"),
-    "zeros for a description": (lambda place: (place / "sealed.json").write_bytes(bytes(50)), "update-00000020 is not complete"),
-    "a description that is no text": (lambda place: (place / "sealed.json").write_bytes(b"\xff\xfe\x00"), "update-00000020 is not complete"),
+    "zeros for a description": (lambda place: (place / "sealed.json").write_bytes(bytes(50)),
+                                "update-00000020 is not complete"),
+    "a description that is no text": (lambda place: (place / "sealed.json").write_bytes(b"\xff\xfe\x00"),
+                                      "update-00000020 is not complete"),
 }
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without interruption."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    distil(tiny.problem(), tiny.plan(), folder)
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint(damage: str, resumable: Path, tmp_path: Path) -> None:
-    """It is named with the remedy, and the remedy works: without it the run goes on from the checkpoint before, to the same end."""
+def test_a_damaged_checkpoint(damage: str, resumable: Path, straight: Path) -> None:
+    """It is named with the remedy, and the remedy works: the run goes on from the one before, to the same end."""
     place = latest_checkpoint(resumable / "8-to-4")
     DAMAGES[damage][0](place)
     with pytest.raises(ValueError, match=f"{DAMAGES[damage][1]}.*delete it to go on from an earlier checkpoint"):
-        distil(tiny.problem(), tiny.recipe(), resumable, checkpoint_every=10)
+        distil(tiny.problem(), tiny.plan(), resumable)
     shutil.rmtree(place)
-    distil(tiny.problem(), tiny.recipe(), resumable, checkpoint_every=10)
-    distil(tiny.problem(), tiny.recipe(), tmp_path / "straight", checkpoint_every=10)
-    tiny.assert_same(resumable, tmp_path / "straight")
+    distil(tiny.problem(), tiny.plan(), resumable)
+    tiny.assert_same(resumable, straight)
 
 
-def test_a_foreign_checkpoint(resumable: Path) -> None:
-    """Of another batch, another network, another roll-in, another method or no training at all: refused with what differs, and left as it is."""
+FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Problem], tuple[str, ...]]] = {
+    "batch": ({"batch": 8}, tiny.problem, ("batch 16 there, 8 here",)),
+    "network": ({}, lambda: tiny.problem(student=mlp()), ("parameters '",)),
+    "roll-in": ({"collected": (0.0, 0.0)}, tiny.problem, ("roll-in 'Mixture' there, 'Forward' here",)),
+    "method": ({"weighting": "snr", "seed": 2}, tiny.problem,
+               ("seed 1 there, 2 here", "weighting 'truncated_snr' there, 'snr' here")),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_checkpoint(name: str, resumable: Path) -> None:
+    """Of another batch, network, roll-in or method: refused with what differs, and left as it is."""
+    changes, make, differences = FOREIGN[name]
     stage = resumable / "8-to-4"
     before = {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()}
-    foreign: list[tuple[dict[str, Any], Problem, tuple[str, ...]]] = [
-        ({"batch": 8}, tiny.problem(), ("batch 16 there, 8 here",)),
-        ({}, tiny.problem(student=mlp()), ("parameters '",)),
-        ({"collected": (0.0, 0.0)}, tiny.problem(), ("roll-in 'Mixture' there, 'Forward' here",)),
-        ({"weighting": "snr", "seed": 2}, tiny.problem(), ("seed 1 there, 2 here", "weighting 'truncated_snr' there, 'snr' here")),
-    ]
-    for changes, problem, differences in foreign:
-        with pytest.raises(ValueError, match="update-00000020 belongs to another run: .*Use another folder, or delete it to start anew") as caught:
-            distil(problem, tiny.recipe(**changes), resumable)
-        assert all(difference in str(caught.value) for difference in differences), caught.value
+    message = "update-00000020 belongs to another run: .*Use another folder, or delete it to start anew"
+    with pytest.raises(ValueError, match=message) as caught:
+        distil(make(), tiny.plan(**changes), resumable)
+    assert [part for part in differences if part not in str(caught.value)] == [], caught.value
     assert {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()} == before
-    Sampler(mlp(), uniform_grid(4), (64,)).save(stage / "checkpoints" / "update-00000030")
+
+
+def test_a_checkpoint_of_no_training(resumable: Path) -> None:
+    """A saved sampler in the place of a checkpoint is none."""
+    Sampler(mlp(), uniform_grid(4), (64,)).save(resumable / "8-to-4" / "checkpoints" / "update-00000030")
     with pytest.raises(ValueError, match="update-00000030 belongs to another run"):
-        distil(tiny.problem(), tiny.recipe(), resumable)
+        distil(tiny.problem(), tiny.plan(), resumable)
 
 
 # Saved samplers
@@ -339,43 +421,64 @@ def test_a_foreign_checkpoint(resumable: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved student with a threshold."""
     torch.manual_seed(0)
-    return Sampler(Reflected(mlp()).eval().requires_grad_(False), uniform_grid(4), (64,)).save(tmp_path_factory.mktemp("saved") / "student")
+    student = Sampler(Reflected(mlp()).eval().requires_grad_(False), uniform_grid(4), (64,))
+    return student.save(tmp_path_factory.mktemp("saved") / "student")
+
+
+def files_of(*folders: Path) -> list[Path]:
+    """All files in some folders that a program reads; templates, style sheet and script of the pages are text."""
+    site = ddil.datasets.digits.ASSETS / "site"
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [path for path in paths if path.name != ".lock" and path.parent != site]
+
+
+def check_content(path: Path) -> None:
+    """Raise ValueError unless a file is what its name says: text, JSON, lines of JSON or safetensors."""
+    head = path.read_bytes()
+    if path.suffix == ".txt":
+        head.decode("utf-8")
+    elif path.suffix == ".safetensors":
+        json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])  # a pickle has no such header
+    else:
+        for part in head.splitlines() if path.suffix == ".jsonl" else [head]:
+            json.loads(part)
+
+
+def test_no_file_is_a_pickle(saved: Path, interrupted: Path) -> None:
+    """Samplers, assets and checkpoints are JSON and safetensors, and none is a pickle under another name."""
+    paths = files_of(saved, interrupted, ddil.datasets.digits.ASSETS)
+    assert {path.suffix for path in paths} == {".json", ".jsonl", ".safetensors", ".txt"}
+    for path in paths:
+        check_content(path)
 
 
 def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samplers, assets and checkpoints are JSON and safetensors, none is a pickle under another name, and they load without torch.load and pickle."""
+    """Samplers, assets and checkpoints load without torch.load and pickle."""
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was unpickled")
 
-    found = [path for folder in (saved, interrupted, ddil.datasets.digits.ASSETS) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    read = [path for path in found if path.parent != ddil.datasets.digits.ASSETS / "site"]  # templates, style sheet and script of the pages are text
-    assert {path.suffix for path in read} == {".json", ".jsonl", ".safetensors", ".txt"}
-    for path in read:
-        head = path.read_bytes()
-        if path.suffix == ".txt":
-            head.decode("utf-8")
-            continue
-        if path.suffix == ".safetensors":
-            json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])  # a pickle has no such header
-        else:
-            [json.loads(part) for part in (head.splitlines() if path.suffix == ".jsonl" else [head])]
-
-    for owner, name in ((torch, "load"), (torch.serialization, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+    pickles = [(torch, "load"), (torch.serialization, "load")]
+    pickles += [(pickle, name) for name in ("load", "loads", "Unpickler")]
+    for owner, name in pickles:
         monkeypatch.setattr(owner, name, refuse)
     assert Sampler.load(saved).sample(range(2)).shape == (2, 64)
-    assert ddil.datasets.digits.digits_teacher().steps == 32 and ddil.datasets.digits.digits_classifier() is not None
+    assert ddil.datasets.digits.digits_teacher().steps == 32
+    assert ddil.datasets.digits.digits_classifier() is not None
     begun: list[int] = []
     folder = shutil.copytree(interrupted, tmp_path / "resumed")
-    distil(tiny.problem(), tiny.recipe(), folder, progress=lambda steps, _: begun.append(steps[0]) or steps)
+    distil(tiny.problem(), tiny.plan(), folder, bar=lambda steps, _: begun.append(steps[0]) or steps)
     assert begun == [20]
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "network": (lambda d: d["denoiser"].update(network="UNet9DModel"), "holds a ClassDenoiser of a UNet9DModel: known are"),
+    "network": (lambda d: d["denoiser"].update(network="UNet9DModel"),
+                "holds a ClassDenoiser of a UNet9DModel: known are"),
     "adapter": (lambda d: d["denoiser"].update(adapter="os.system"), "holds a os.system of a MLP: known are"),
-    "schedule": (lambda d: d["denoiser"]["schedule"].update(name="Cosin"), "unknown schedule 'Cosin'; known are Cosine"),
+    "schedule": (lambda d: d["denoiser"]["schedule"].update(name="Cosin"),
+                 "unknown schedule 'Cosin'; known are Cosine"),
     "field of the schedule": (lambda d: d["denoiser"]["schedule"].update(limits=3), "has no field limits"),
-    "prediction": (lambda d: d["denoiser"].update(prediction="epsilon"), "prediction must be one of x, eps, v, flow, not 'epsilon'"),
+    "prediction": (lambda d: d["denoiser"].update(prediction="epsilon"),
+                   "prediction must be one of x, eps, v, flow, not 'epsilon'"),
     "threshold": (lambda d: d["denoiser"]["wrappers"][0].update(kind="soft"), "'static' or 'dynamic'"),
     "solver": (lambda d: d.update(solver="dimm"), "unknown solver 'dimm'; known are ddim"),
     "grid": (lambda d: d.update(grid=[0.0, 0.5, 1.0]), "must fall strictly"),
@@ -403,12 +506,18 @@ def configured(place: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def halve(path: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit of the weights": (lambda place: flip(place / WEIGHTS), f"{WEIGHTS} in .*student is damaged.*save it again"),
     "half the weights": (lambda place: os.truncate(place / WEIGHTS, 500), f"{WEIGHTS} in .*student is damaged"),
     "no weights": (lambda place: (place / WEIGHTS).unlink(), f"student is not complete .*{WEIGHTS}.*save it again"),
-    "half a description": (lambda place: os.truncate(place / "sealed.json", (place / "sealed.json").stat().st_size // 2), "student is not complete .*save it again"),
-    "a description of another kind": (lambda place: (place / "sealed.json").write_text("[]"), "student is not complete"),
+    "half a description": (lambda place: halve(place / "sealed.json"), "student is not complete .*save it again"),
+    "a description of another kind": (lambda place: (place / "sealed.json").write_text("[]"),
+                                      "student is not complete"),
     "another width": (lambda place: configured(place, width=8), "student|expected shape"),
     "fewer layers": (lambda place: configured(place, depth=0), "config.json"),
     "more layers": (lambda place: configured(place, depth=2), "config.json"),
@@ -428,21 +537,35 @@ def test_a_damaged_sampler(name: str, saved: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_student_is_not_passed_on(tmp_path: Path) -> None:
     """A finished stage whose student was damaged since is neither loaded nor silently trained anew."""
-    distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run")
+    plan = tiny.plan(updates=2)
+    distil(tiny.problem(), plan, tmp_path / "run")
     flip(tmp_path / "run" / "8-to-4" / "student" / WEIGHTS)
     with pytest.raises(ValueError, match="8-to-4/student is damaged"):
-        distil(tiny.problem(), tiny.recipe(updates=2), tmp_path / "run")
+        distil(tiny.problem(), plan, tmp_path / "run")
 
 
-def test_what_is_sampled_must_fit(saved: Path) -> None:
-    """Labels for too many samples, for a student without classes, out of range or of the wrong type; and no samples at all."""
-    points, classes = Sampler.load(saved), Sampler(mlp(classes=11), uniform_grid(2), (64,))
-    bad: list[tuple[Sampler, Any, Any, str]] = [(points, range(2), torch.zeros(2, dtype=torch.int64), "has no classes: pass cond=None"), (points, [], None, "nothing to sample"),
-                                                (classes, range(2), torch.tensor([1, 2, 3]), "3 rows for 2 samples"), (classes, range(2), None, "2 integer labels, not NoneType"),
-                                                (classes, range(2), torch.tensor([1, -1]), "labels must be in"), (classes, range(2), torch.tensor([1.0, 2.0]), "not torch.float32")]
-    for sampler, ids, cond, message in bad:
-        with pytest.raises(ValueError, match=message):
-            sampler.sample(ids, cond)
+def with_classes() -> Sampler:
+    """A student of ten classes."""
+    return Sampler(mlp(classes=11), uniform_grid(2), (64,))
+
+
+NOT_SAMPLED: dict[str, tuple[bool, Any, Any, str]] = {
+    "a student without classes": (False, range(2), torch.zeros(2, dtype=torch.int64), "has no classes: pass cond=None"),
+    "no samples": (False, [], None, "nothing to sample"),
+    "too many labels": (True, range(2), torch.tensor([1, 2, 3]), "3 rows for 2 samples"),
+    "no labels": (True, range(2), None, "2 integer labels, not NoneType"),
+    "out of range": (True, range(2), torch.tensor([1, -1]), "labels must be in"),
+    "of the wrong type": (True, range(2), torch.tensor([1.0, 2.0]), "not torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SAMPLED)
+def test_what_is_sampled_must_fit(name: str, saved: Path) -> None:
+    """Labels that do not fit the samples or the student are refused; and no samples at all."""
+    classes, ids, cond, message = NOT_SAMPLED[name]
+    sampler = with_classes() if classes else Sampler.load(saved)
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(ids, cond)
 
 
 # Assets
@@ -452,20 +575,24 @@ def test_what_is_sampled_must_fit(saved: Path) -> None:
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the assets, which the library takes for its own."""
     shutil.copytree(ddil.datasets.digits.ASSETS, tmp_path / "assets")
-    for module in (ddil.datasets.digits, ddil.distil.stages):
+    for module in (ddil.datasets.digits, ddil.distil.problem):
         monkeypatch.setattr(module, "ASSETS", tmp_path / "assets", raising=False)
     return tmp_path / "assets"
 
 
-def test_missing_assets(assets: Path) -> None:
-    """A teacher or a classifier that is not there is named, the classifier with the remedy; a damaged teacher is not used."""
+def test_a_damaged_teacher(assets: Path) -> None:
+    """It is not used."""
     flip(assets / "digits-teacher" / WEIGHTS)
     with pytest.raises(ValueError, match="digits-teacher is damaged"):
         digits_problem()
-    for name, make in (("digits-teacher", ddil.datasets.digits.digits_teacher), ("digits-classifier", ddil.datasets.digits.digits_classifier)):
-        shutil.rmtree(assets / name)
-        with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
-            make()
+
+
+@pytest.mark.parametrize("name", ["digits-teacher", "digits-classifier"])
+def test_missing_assets(name: str, assets: Path) -> None:
+    """A teacher or a classifier that is not there is named."""
+    shutil.rmtree(assets / name)
+    with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
+        getattr(ddil.datasets.digits, name.replace("-", "_"))()
 
 
 def test_a_missing_teacher_tells_the_remedy(assets: Path) -> None:

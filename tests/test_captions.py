@@ -30,7 +30,7 @@ from ddil.datasets.cache import cache_content, CachedCaptions
 from ddil.datasets.captions import CaptionedImages, Entry, open_captions
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.pipeline import TextToImage
-from ddil.distil.recipe import Plan
+from ddil.distil.problem import ModelOptions
 from ddil.training.parallel import make_accelerator
 
 SIZE = 16
@@ -603,5 +603,6 @@ def test_processes_must_see_the_same_data(tmp_path: Path) -> None:
 def test_doctor_looks_at_the_data(tmp_path: Path) -> None:
     """It reads one item."""
     (tmp_path / "data").mkdir()
-    told, items = _data(Plan("model", beside(tmp_path / "data"), str(tmp_path / "run"), size=32))
-    assert told == f"12 entries, the first is {CAPTIONS[0]!r}" and items.count == 12
+    line, items = _data(ModelOptions(model="model", data=beside(tmp_path / "data"), size=32), True)
+    assert line == f"12 entries, the first is {CAPTIONS[0]!r}"
+    assert items.count == 12

@@ -5,9 +5,10 @@
 # %% ../../nbs/09_distil/01_menu.ipynb #b1ea2b54
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from ..diffusion.denoiser import Denoiser, map_cond
 from ..diffusion.noise import Source
 from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.wrappers import Guided, Rescheduled, Told, innermost
-from ..forms import Form
-from ..methods.add import AdversarialDistillation
+from ..forms import Form, rule
+from ..methods.add import DISTILLATION_WEIGHTS, AdversarialDistillation
 from ..methods.adversary import Features, heads_for
-from ..methods.base import Denoising, Method
+from ..methods.base import DISTANCES, WEIGHTINGS, Denoising, Method
 from ..methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
 from ..methods.ctm import CTM
 from ..methods.fakes import Critic, Delta, RealSamples, Samples, judged
@@ -39,12 +40,12 @@ from ..solvers import solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'ADAM', 'Stage', 'ddil_states',
-           'simulated_states', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry', 'enter', 'method_by_name',
-           'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs', 'at_scale', 'Paired', 'Naive',
-           'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed', 'FollowedL2', 'consistent',
-           'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched', 'Remembered',
-           'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
+__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'Weighting', 'Distance', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'ADAM', 'Stage',
+           'ddil_states', 'simulated_states', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry', 'enter',
+           'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs', 'at_scale',
+           'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed', 'FollowedL2',
+           'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
+           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -237,6 +238,8 @@ def default_stages(entry: Entry, first: int, last: int) -> tuple[int, ...]:
 
 # %% ../../nbs/09_distil/01_menu.ipynb #1deda6ad
 WEIGHTING = "truncated_snr"
+Weighting = Literal[tuple(WEIGHTINGS)]  # type: ignore
+Distance = Literal[tuple(DISTANCES)]  # type: ignore
 
 
 class Scaled(Form):
@@ -253,7 +256,7 @@ class Scaled(Form):
 class Weighted(Scaled):
     """Options of methods that weigh the error of the clean estimate by the time."""
 
-    weighting: str = Field(WEIGHTING, description="weight of the squared error by time: constant, snr, snr_plus_one, truncated_snr or flow")
+    weighting: Weighting = Field(WEIGHTING, description="weight of the squared error by time")
 
 
 def scaled_inputs(options: Form) -> tuple[str, ...]:
@@ -288,7 +291,7 @@ class Paired(Form):
 class Naive(Paired):
     """Options of naive distillation."""
 
-    distance: str = Field("huber", description="between the student's arrival and the teacher's: l2, l1, huber or norm_huber")
+    distance: Distance = Field("huber", description="between the student's arrival and the teacher's")
 
 
 NO_WALK = "its student is asked at the noise alone, where every walk begins"
@@ -331,15 +334,21 @@ enter(Entry(
 class Walked(Form):
     """Options of SFD."""
 
-    distance: str = Field("l1", description="between the student's arrival and the teacher's: l2, l1, huber or norm_huber")
-    labeller: str = Field("trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states")
-    driver: str = Field("student", description="who makes the steps: student or teacher")
+    distance: Distance = Field("l1", description="between the student's arrival and the teacher's")
+    labeller: Literal["trajectory", "teacher"] = Field("trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states")
+    driver: Literal["student", "teacher"] = Field("student", description="who makes the steps")
     lengths: tuple[int, ...] = Field((), description="numbers of steps of one student for all of them (SFD-v); none: the student's alone")
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The further inputs of the student."""
         return ("steps",) if self.lengths else ()
+
+    @rule
+    def asked_where_it_goes(self) -> Iterable[str]:
+        """A teacher that drives labels with its own walk."""
+        if (self.labeller, self.driver) == ("teacher", "teacher"):
+            yield "labeller = 'teacher': a teacher that drives labels with its own walk: choose 'trajectory'"
 
 
 def own_walk(stage: Stage) -> RollIn:
@@ -359,14 +368,14 @@ enter(Entry(
 class Followed(Scaled):
     """Options of consistency methods."""
 
-    distance: str = Field("huber", description="between the two arrivals: l2, l1, huber or norm_huber")
+    distance: Distance = Field("huber", description="between the two arrivals")
     decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
 class FollowedL2(Followed):
     """Options of consistency distillation, which compares by squares."""
 
-    distance: str = Field("l2", description="between the two arrivals: l2, l1, huber or norm_huber")
+    distance: Distance = Field("l2", description="between the two arrivals")
 
 
 TO_THE_END = Edges([1.0, 0.0])
@@ -405,10 +414,10 @@ enter(Entry(
 class Trajectory(Form):
     """Options of CTM."""
 
-    distance: str = Field("huber", description="between the two arrivals: l2, l1, huber or norm_huber")
+    distance: Distance = Field("huber", description="between the two arrivals")
     decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
     longest: int = Field(4, ge=1, description="the teacher looks 1 to this many of its steps ahead")
-    denoising: float | str = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
+    denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
 
 
 def trajectory(stage: Stage) -> Method:
@@ -426,7 +435,7 @@ enter(Entry(
 class Cycled(Form):
     """Options of there and back."""
 
-    distance: str = Field("huber", description="between arrivals: l2, l1, huber or norm_huber")
+    distance: Distance = Field("huber", description="between arrivals")
     weight: float = Field(1.5, ge=0, description="of the cycles: away by one network, and back by the other")
     last: float = Field(0.2, gt=0, lt=1, description="where the grid ends, in steps of the teacher above 0")
 
@@ -448,7 +457,7 @@ enter(Entry(
 class Trained(Form):
     """Options of consistency training."""
 
-    distance: str = Field("norm_huber", description="between the two arrivals: l2, l1, huber or norm_huber")
+    distance: Distance = Field("norm_huber", description="between the two arrivals")
     decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
@@ -469,6 +478,12 @@ class Matched(Form):
 
     low: float = Field(0.02, gt=0, le=1, description="least time at which the two scores are asked")
     high: float = Field(0.98, gt=0, le=1, description="greatest time, likewise")
+
+    @rule
+    def rising(self) -> Iterable[str]:
+        """The least time is below the greatest."""
+        if self.low > self.high:
+            yield f"low = {self.low}, high = {self.high}: the least time must not be above the greatest"
 
 
 class Remembered(Matched):
@@ -541,7 +556,7 @@ class Adversarial(Form):
 
     distillation: float = Field(2.5, ge=0, description="weight of the teacher's term")
     gamma: float = Field(1e-5, ge=0, description="weight of the judge's gradient penalty")
-    term: str = Field("exponential", description="weight of the teacher's term by time: exponential, sds or nfsd")
+    term: Literal[tuple(DISTILLATION_WEIGHTS)] = Field("exponential", description="weight of the teacher's term by time")  # type: ignore
 
 
 def adversarial(stage: Stage) -> Method:

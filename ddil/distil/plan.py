@@ -86,8 +86,16 @@ def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str
     values |= {"method": entry.name, "problem": kind.name if kind else ""}
     for key, form in (("method_options", entry.options), ("problem_options", kind.form if kind else Form)):
         own = {name: values.pop(name) for name in form.model_fields if name in values and name not in Plan.model_fields}
-        values[key] = {**(values.get(key) or {}), **own}
+        values[key] = _understood(form, {**(values.get(key) or {}), **own})
     return entry, kind, values
+
+
+def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
+    """The values as the form understands them, so that text from a command line makes the same plan; or as they are, if they have faults."""
+    try:
+        return form(**values).given()
+    except UnusableValues:
+        return values
 
 
 def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:

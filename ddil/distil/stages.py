@@ -117,11 +117,12 @@ class Ready:
 
 
 def begin_as(base: Denoiser, plan: Plan, name: str, inputs: tuple[str, ...] = ()) -> Denoiser:
-    """A network that learns and begins as `base`: a copy, or adapters on it."""
+    """A network that learns and begins as `base`: a copy, whose parts that are frozen alone stay so, or adapters on it."""
     if plan.adapters == "lora":
         return roles(base, plan.rank, (name,), plan.alpha, seed=plan.seed)[name]
     network = base.taking(*inputs) if inputs else copy.deepcopy(base)
-    return network.requires_grad_(True).train()
+    frozen = not any(p.requires_grad for p in network.parameters())
+    return (network.requires_grad_(True) if frozen else network).train()
 
 # %% ../../nbs/09_distil/04_stages.ipynb #ef1bd9c4
 def _denoisers(problem: Problem, plan: Plan, index: int, before: Denoiser | None) -> tuple[Denoiser, Denoiser, Denoiser]:
