@@ -9,20 +9,24 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from ..datasets.digits import asset
 from .doctor import examine
 from .menu import MENU, menu_text
 from .plan import PRESETS, HowLong, Plan, What, Where, WhoseStates, read_plan, write_plan
-from .problem import KINDS_OF_PROBLEM, ModelOptions
-from .stages import carry_out
+from .problem import KINDS_OF_PROBLEM, ModelOptions, kind_by_name
+from .stages import carry_out, make_problem
 from ..files import write_text
 from ..forms import Form, UnusableValues, fields_of
+from ..measure.plots import sample_rows
 from ..models.export import export_pipeline
 from ..models.pipeline import TextToImage
 from ..solvers.sampler import Sampler
+from ..training.parallel import make_accelerator
 
 # %% auto #0
-__all__ = ['distil_options', 'plan_of', 'finish', 'distil_command']
+__all__ = ['distil_options', 'plan_of', 'picture', 'finish', 'base_of', 'distil_command']
 
 # %% ../../nbs/09_distil/07_command.ipynb #4f8cc3ec
 def _groups() -> dict[str, tuple[type[Form], list[str]]]:
@@ -64,28 +68,44 @@ def plan_of(given: argparse.Namespace) -> Plan:
     return read_plan(given.file, **words, **({"preset": given.preset} if given.preset else {}))
 
 # %% ../../nbs/09_distil/07_command.ipynb #eb3cb245
+def picture(plan: Plan, student: Sampler, folder: Path) -> None:
+    """Draw samples of teacher and student from the same noise into folder/samples.png, where samples are pictures."""
+    problem = make_problem(plan, make_accelerator("cpu"))
+    if len(problem.shape) != 3 or problem.shape[0] not in (1, 3):
+        return
+    rows = np.arange(16)
+    cond = problem.data.conditions(rows)
+    teacher = Sampler(plan.reflect(problem.teacher), problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
+    strips = {f"{name}, {one.steps} steps": one.sample(rows.tolist(), cond) for name, one in (("teacher", teacher), ("student", student))}
+    sample_rows(strips, "the same noise in each column").savefig(folder.parent / "samples.png")
+
+
 def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
-    """Leave the last student where it is easily found: as a pipeline if it came from one, else as a sampler. Returns its folder."""
+    """Leave the last student in a folder `student`: as a pipeline if it came from one, else as a sampler. Returns it."""
     student, folder = students[plan.stages[-1]], Path(plan.output) / "student"
-    if plan.problem not in ("model", "scenes"):
+    how = f'from ddil import Sampler; Sampler.load("{folder}").sample(range(16), cond)  # cond: conditions, if it takes some'
+    note = ""
+    if issubclass(kind_by_name(plan.problem).form, ModelOptions):
+        try:
+            export_pipeline(student, base_of(plan), folder)
+            how = (f'DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", '
+                   f"num_inference_steps={student.steps}, guidance_scale=1.0)")
+        except ValueError as error:
+            student.save(folder)
+            note = f"; plain diffusers cannot sample it: {error}"
+    else:
         student.save(folder)
-        print(f"a student of {student.steps} steps is in {folder}:\n"
-              f'  from ddil import Sampler; Sampler.load("{folder}").sample(range(16))')
-        return folder
-    options = KINDS_OF_PROBLEM[plan.problem].form(**plan.problem_options)
-    model = TextToImage.load(options.model or str(asset("scenes-pipeline")), options.revision)
-    try:
-        export_pipeline(student, model, folder)
-    except ValueError as error:
-        student.save(folder)
-        print(f"a student of {student.steps} steps is in {folder}; plain diffusers cannot sample it: {error}\n"
-              f'  from ddil import Sampler; Sampler.load("{folder}")')
-        return folder
-    print(f"a student of {student.steps} steps is in {folder}: see its README.md, or\n"
-          f'  DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", num_inference_steps={student.steps}, guidance_scale=1.0)')
+        picture(plan, student, folder)
+    print(f"a student of {student.steps} steps is in {folder}{note}\n  {how}")
     return folder
 
 
+def base_of(plan: Plan) -> TextToImage:
+    """The text-to-image model that a plan distils."""
+    options = kind_by_name(plan.problem).form(**plan.problem_options)
+    return TextToImage.load(options.model or str(asset("scenes-pipeline")), options.revision)
+
+# %% ../../nbs/09_distil/07_command.ipynb #d15ti1c0
 def distil_command(given: argparse.Namespace) -> int:
     """Run `ddil methods`, `ddil doctor` or `ddil distil`. Returns the exit status: 1 if the doctor finds a problem, 2 for a plan that cannot be read."""
     if given.command == "methods":

@@ -256,8 +256,9 @@ class Report:
         return all(level != "problem" for level, _ in self.lines)
 
     def __str__(self) -> str:
-        sizes = [f"  {size / 2**30:8.2f} GiB  {name}" for name, size in self.memory.items()]
-        total = [f"  {sum(self.memory.values()) / 2**30:8.2f} GiB  in all, on each process"] if self.memory else []
+        unit, bytes_ = ("GiB", 2**30) if sum(self.memory.values()) > 2**29 else ("MiB", 2**20)
+        sizes = [f"  {size / bytes_:8.2f} {unit}  {name}" for name, size in self.memory.items()]
+        total = [f"  {sum(self.memory.values()) / bytes_:8.2f} {unit}  in all, on each process"] if self.memory else []
         took = [] if self.seconds is None else [f"  {self.seconds:8.3g} s    an update, at least ({self.operations:.3g} operations)"]
         return "\n".join([*(f"{level:8} {text}" for level, text in self.lines), *sizes, *total, *took])
 

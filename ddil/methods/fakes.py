@@ -172,9 +172,12 @@ class Head(nn.Module):
     def __init__(self, channels: int, side: int | None = None):
         super().__init__()
         self.image, layers = side is not None, []
+        groups = math.gcd(channels, 32)
+        if channels < 3 * groups:  # one or two numbers, normalised by themselves, say nothing of the sample
+            groups = max(1, channels // 4)
         for _ in range(int(math.log2(side)) if side else 0):
             halve = nn.Conv2d(channels, channels, 4, 2, 1)
-            layers += [halve, nn.GroupNorm(math.gcd(channels, 32), channels), nn.SiLU()]
+            layers += [halve, nn.GroupNorm(groups, channels), nn.SiLU()]
         self.shrink = nn.Sequential(*layers)
         self.last = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
 
