@@ -158,7 +158,8 @@ def _buy(budget: float, problem: Problem, plan: Plan, index: int, before: Denois
     with TemporaryDirectory() as place:
         spent = -asked.evaluations
         updates = _updates(budget, problem, plan, index)
-        ready = stage_of(problem, plan.but(updates=updates), index, before, place=Path(place))
+        plan = plan.but(updates=updates, log_every=max(1, updates // 20))
+        ready = stage_of(problem, plan, index, before, place=Path(place))
         spent += asked.evaluations                                                     # by pairs
         run = Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings).fit()
     return Bought(ready, run.finished(), spent + sum(run.evaluations.values()), run.history, problem.guidance_scale)
