@@ -252,7 +252,7 @@ def minutes_of(text: str) -> int:
 
 def batch_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil batch`."""
-    command.add_argument("files", nargs="+", metavar="FILE", help="batch files: see nbs/49_batch.ipynb")
+    command.add_argument("files", nargs="+", metavar="FILE", help="batch files: see nbs/10_lab/07_batch.ipynb")
     command.add_argument("--folder", help="of the batch's runs (default: runs/NAME)")
     command.add_argument("--executor", choices=("local", "slurm"), default="local", help="processes of this machine, or jobs of SLURM's")
     command.add_argument("--parallel", type=int, metavar="N", help="at most so many runs at once (default: as many as there are GPUs, or cores; with SLURM: all)")
