@@ -112,6 +112,20 @@ def test_the_experiment_with_every_method(tmp_path: Path) -> None:
     assert "did you mean consistency?" in alone(run_experiment, ROOT / "experiments/trajectory_methods.ipynb", {**parameters, "methods": "consistancy"})
 
 
+def test_the_experiment_on_distributions(tmp_path: Path) -> None:
+    """Tiny, on the mixture: a method with DDIL's states beside its own, one that has no place for them, and budgets that are kept."""
+    parameters = {"methods": "DMD, ADD", "budget": 2000, "batch": 16, "seeds": [0, 1], "samples": 40, "output": str(tmp_path)}
+    assert not alone(run_experiment, ROOT / "experiments/distribution_matching.ipynb", parameters)
+    rows = {(row["arm"], row["steps"], row["metric"].removesuffix(" (mixture)")): row for row in read_results(tmp_path)["rows"]}
+    arms = {"teacher", "not distilled", "DMD", "ADD", "ADD + DDIL", "difference, ADD + DDIL − ADD"}
+    assert {arm for arm, *_ in rows} == arms
+    assert {steps for arm, steps, _ in rows if arm == "DMD"} == {1}
+    assert {steps for arm, steps, _ in rows if arm == "ADD + DDIL"} == {1, 4}
+    spent = [row["mean"] for (_, _, metric), row in rows.items() if metric == "evaluations of training"]
+    assert all(abs(evaluations / 2000 - 1) < 0.25 for evaluations in spent)
+    assert rows["ADD", 4, "shift of own states"]["n"] == 2
+
+
 def test_the_experiment_on_sfd(tmp_path: Path) -> None:
     """Tiny: two evaluations in every row of the ablation, one in the second stage, every labeller, and the verdict on time."""
     parameters = {"updates": 2, "batch": 4, "seeds": [0], "samples": 40, "lengths": [1, 2], "stage_updates": 1, "output": str(tmp_path)}
