@@ -15,18 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .bench import alternate, network_calls, peak_bytes, play_back, say, stopwatch
 from ..rollins.data import TensorData
-from ..models.unet import TextDenoiser
+from ..models.family import FAMILIES
 from ..distil.doctor import Rehearsal, Shapes, memory, operations, rehearse, shapes_of_problem
 from ..distil.plan import Plan
 from ..distil.problem import Problem
 from ..distil.stages import make_ready, stage_of
 from ..files import write_text
-from ..diffusion.grids import trailing_grid
 from ..diffusion.schedule import DiscreteVP
 from ..diffusion.wrappers import Guided
 from ..training.parallel import make_accelerator
@@ -78,10 +76,11 @@ SSD1B = dict(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+_SD, _SDXL = (FAMILIES[f"StableDiffusion{name}Pipeline"] for name in ("", "XL"))
 SIZES = {
-    "sd15": (SD15, Shapes((4, 64, 64), {"embeddings": (77, 768)}), 512),
-    "ssd1b": (SSD1B, Shapes.of(SSD1B, (4, 128, 128), 77), 1024),
-    "tiny": (TINY, Shapes((4, 8, 8), {"embeddings": (16, 16)}), 64),
+    "sd15": Shapes(_SD, SD15, (4, 64, 64)),
+    "ssd1b": Shapes(_SDXL, SSD1B, (4, 128, 128)),
+    "tiny": Shapes(_SD, TINY, (4, 8, 8), 16),
 }
 WAYS = {
     "PD": {"collected": (0.0, 0.0)},
@@ -123,21 +122,14 @@ def plan_for(size: str, way: dict, batch: int, **more) -> Plan:
 
 def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
     """A trainer of a network of random weights on random latents."""
-    config, shapes, _ = SIZES[size]
+    shapes = SIZES[size]
     torch.manual_seed(0)
-    pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
-    base = TextDenoiser(
-        UNet2DConditionModel.from_config(config),
-        DiscreteVP(),
-        "eps",
-        torch.zeros(shapes.cond["embeddings"]),
-        null_text_embeds=pooled,
-    ).to(device)
+    network = shapes.family.network[1].from_config(shapes.config)
+    base = shapes.family.denoiser(network, DiscreteVP(), "eps", shapes.row()).to(device).eval().requires_grad_(False)
     cond = {name: torch.randn(64, *shape) for name, shape in shapes.cond.items()}
     data = TensorData(torch.randn(64, *shapes.sample), cond if len(cond) > 1 else cond["embeddings"])
-    base = base.eval().requires_grad_(False)
     ready = stage_of(
-        Problem(Guided(base, SCALE), base, data, shapes.sample, SCALE, {"weights": "random"}, trailing_grid), plan
+        Problem(Guided(base, SCALE), base, data, shapes.sample, SCALE, {"weights": "random"}, shapes.family.grid), plan
     )
     make_ready(plan, ready)
     return Trainer(
@@ -152,7 +144,7 @@ def trainer_for(size: str, plan: Plan, device: str) -> Trainer:
 def rehearsed(size: str, plan: Plan) -> tuple[Problem, Rehearsal]:
     """The network of that size without numbers, and an update of it rehearsed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    problem = shapes_of_problem(*SIZES[size][:2], SCALE, mode)
+    problem = shapes_of_problem(SIZES[size], SCALE, mode)
     return problem, rehearse(plan, problem, mode)
 
 

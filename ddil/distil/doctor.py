@@ -11,13 +11,12 @@ import shutil
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,22 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..datasets.captions import CaptionedImages
 from ..datasets.digits import asset
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
-from ..diffusion.grids import trailing_grid
 from ..diffusion.schedule import DiscreteVP
 from ..diffusion.wrappers import Guided, innermost
 from .budget import cost_of
 from .plan import Plan
 from .problem import ModelOptions, Problem, items_of, kind_by_name
 from .stages import Ready, check, make_problem, needs_pictures, stage_of
-from ..models.family import FAMILIES
-from ..models.schedulers import prediction_of, schedule_of
-from ..models.unet import TextDenoiser
+from ..models.family import FAMILIES, Family
+from ..models.pipeline import ModelFolder, config_of, index_of, scheduler_config
 from ..rollins.states import States
 from ..training.parallel import make_accelerator
 
 # %% auto #0
 __all__ = ['LiveBytes', 'Shapes', 'alike', 'prepare', 'loss_and_gradients', 'shapes_of_problem', 'Rehearsal', 'rehearse',
-           'memory', 'throughput', 'operations', 'Report', 'examine']
+           'memory', 'throughput', 'operations', 'Report', 'Seen', 'parts_on_disk', 'examine']
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #84b57946
 class LiveBytes(TorchDispatchMode):
@@ -76,19 +73,22 @@ class LiveBytes(TorchDispatchMode):
 # %% ../../nbs/09_distil/06_doctor.ipynb #a34f9608
 @dataclass
 class Shapes:
-    """The shapes that a network's configuration decides: of a sample, and of one row of each part of its condition."""
+    """What a family's configuration decides before a weight is read: of a sample, and of a row of each part of a condition."""
 
+    family: Family
+    config: Mapping
     sample: tuple[int, ...]
-    cond: dict[str, tuple[int, ...]]
+    tokens: int = 77
 
-    @classmethod
-    def of(cls, config: dict, latent: tuple[int, ...], tokens: int) -> Shapes:
-        """From a UNet2DConditionModel's configuration."""
-        cond = {"embeddings": (tokens, config["cross_attention_dim"])}
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            cond |= {"text_embeds": (pooled,), "time_ids": (6,)}
-        return cls(latent, cond)
+    @property
+    def cond(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each part of a condition."""
+        return self.family.rows(self.config, self.tokens)
+
+    def row(self, n: int | None = None) -> Cond:
+        """A condition of zeros, of n rows or (None) of one without the dimension of rows."""
+        cond = {name: torch.zeros(*(() if n is None else (n,)), *shape) for name, shape in self.cond.items()}
+        return cond if len(cond) > 1 else cond["embeddings"]
 
 
 class _NoData:
@@ -101,8 +101,7 @@ class _NoData:
         return 1
 
     def conditions(self, rows: np.ndarray) -> Cond:
-        cond = {name: torch.zeros(len(rows), *shape) for name, shape in self.shapes.cond.items()}
-        return cond if len(cond) > 1 else cond["embeddings"]
+        return self.shapes.row(len(rows))
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Cond]:
         return torch.zeros(len(rows), *self.shapes.sample), self.conditions(rows)
@@ -142,17 +141,15 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def shapes_of_problem(config: dict, shapes: Shapes, guidance_scale: float, mode: FakeTensorMode) -> Problem:
+def shapes_of_problem(shapes: Shapes, guidance_scale: float, mode: FakeTensorMode, schedule: DiscreteVP | None = None) -> Problem:
     """A problem whose network has a configuration's shapes and no numbers."""
-    schedule = DiscreteVP()
+    family, schedule = shapes.family, schedule or DiscreteVP()
     schedule.alpha_sigma(torch.tensor([0.5]))  # its table, which is kept, must not be made of tensors without numbers
     with mode, _quietly():
-        network = UNet2DConditionModel.from_config(config)
-        null = torch.zeros(shapes.cond["embeddings"])
-        pooled = torch.zeros(shapes.cond["text_embeds"]) if "text_embeds" in shapes.cond else None
-    base = TextDenoiser(network, schedule, "eps", null, null_text_embeds=pooled).requires_grad_(False)
-    teacher = Guided(base, guidance_scale) if guidance_scale != 1 else base
-    return Problem(teacher, base, _NoData(shapes), shapes.sample, guidance_scale, {"shapes": str(shapes)}, trailing_grid)
+        network, null = family.network[1].from_config(shapes.config), shapes.row()
+    base = family.denoiser(network, schedule, "eps", null).requires_grad_(False)
+    teacher = Guided(base, guidance_scale) if guidance_scale != family.unguided else base
+    return Problem(teacher, base, _NoData(shapes), shapes.sample, guidance_scale, {"shapes": str(shapes.sample)}, family.grid)
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #d0a13b02
 @dataclass
@@ -272,40 +269,59 @@ class Report:
         return True
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #81699953
-def _index(options: ModelOptions) -> tuple[str, dict, dict | None, int]:
-    """Kind, U-Net's configuration, scheduler's configuration and tokens of the plan's model, without its weights."""
-    path = Path(options.model)
-    if not path.is_dir():
-        if options.revision is None:
-            raise FileNotFoundError(f"there is no folder {options.model}; if it is the id of a model on a hub, name its revision")
-        where = {"revision": options.revision}
-        return "hub", UNet2DConditionModel.load_config(options.model, subfolder="unet", **where), None, 77
-    if not (path / "model_index.json").exists():
-        raise FileNotFoundError(f"{path} has no model_index.json: a pipeline in diffusers' format is needed, with VAE, tokenizer and text encoder")
-    index = json.loads((path / "model_index.json").read_text())
-    if index.get("_class_name") not in FAMILIES:
-        raise ValueError(f"{path} is a {index.get('_class_name')}; known are {', '.join(FAMILIES)}")
-    missing = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None and not (path / name).is_dir() and name not in ("safety_checker", "feature_extractor", "image_encoder")]
-    if missing:
-        raise FileNotFoundError(f"{path} lacks {', '.join(missing)}: copy the whole pipeline")
-    read = lambda *parts: json.loads(path.joinpath(*parts).read_text())
-    return FAMILIES[index["_class_name"]].name, read("unet", "config.json"), read("scheduler", "scheduler_config.json"), int(read("tokenizer", "tokenizer_config.json").get("model_max_length", 77))
+@dataclass
+class Seen:
+    """What the files of a model say without its weights: family, configurations of network and scheduler, tokens."""
+
+    family: Family
+    config: Mapping
+    scheduler: Mapping
+    tokens: int
+
+    @classmethod
+    def of(cls, options: ModelOptions) -> Seen:
+        """Read them. Raises FileNotFoundError or ValueError for what is missing or not known."""
+        folder = ModelFolder(options.model, options.revision)
+        index = index_of(folder)
+        family = FAMILIES[index["_class_name"]]
+        missing = [name for name in parts_on_disk(index) if folder.local and not (Path(options.model) / name).is_dir()]
+        if missing:
+            raise FileNotFoundError(f"{options.model} lacks {', '.join(missing)}: copy the whole pipeline")
+        config = config_of(folder, *family.network)
+        tokenizer = Path(options.model) / family.tokenizers[0] / "tokenizer_config.json"
+        tokens = json.loads(tokenizer.read_text()).get("model_max_length", 77) if tokenizer.is_file() else 77
+        return cls(family, config, scheduler_config(folder, index), int(tokens))
+
+    def shapes(self, options: ModelOptions) -> Shapes:
+        """The shapes of its latents and conditions. Raises ValueError if the size does not fit the networks."""
+        path = Path(options.model) / self.family.vae[0] / "config.json"
+        factor = self.family.factor(json.loads(path.read_text())) if path.exists() else 8
+        multiple = factor * 2 ** self.family.halvings(self.config)
+        if options.size % multiple:
+            raise ValueError(f"pictures for this model must be a multiple of {multiple} pixels wide, not {options.size}")
+        return Shapes(self.family, self.config, (self.config["in_channels"], *[options.size // factor] * 2), self.tokens)
 
 
-def _weights(options: ModelOptions) -> str:
+def parts_on_disk(index: Mapping) -> list[str]:
+    """The parts that a pipeline's index names and that we read."""
+    spared = ("safety_checker", "feature_extractor", "image_encoder")
+    return [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None and name not in spared]
+
+# %% ../../nbs/09_distil/06_doctor.ipynb #b124f7a2
+def _weights(options: ModelOptions, family: Family) -> str:
     """What the weights on disk are. Raises FileNotFoundError or ValueError if they are missing, no safetensors, or of several types within a part."""
-    told = []
-    for part in ("unet", "vae", "text_encoder"):
+    lines = []
+    for part in (family.network[0], family.vae[0], *family.text_encoders):
         files = sorted((Path(options.model) / part).glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"{Path(options.model) / part} has no safetensors; pickled weights are not read. Convert them with diffusers' save_pretrained(…, safe_serialization=True)")
-        kinds: set[str] = set()
+            raise FileNotFoundError(f"{Path(options.model) / part} has no safetensors; pickled weights are not read. Convert them "
+                                    "with diffusers' save_pretrained(…, safe_serialization=True)")
         with safe_open(files[0], "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} - {"I64", "I32"}
-        if len(kinds) > 1 and part == "unet":
+        if len(kinds) > 1 and part == family.network[0]:
             raise ValueError(f"{files[0]} has weights of several types, {', '.join(sorted(kinds))}: save it anew with one")
-        told.append(f"{part} {'/'.join(sorted(kinds))}")
-    return ", ".join(told)
+        lines.append(f"{part} {'/'.join(sorted(kinds))}")
+    return ", ".join(lines)
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #d08bf960
 def _data(options: ModelOptions, pictures: bool) -> tuple[str, CaptionedImages]:
@@ -368,21 +384,20 @@ def _examine_model(plan: Plan, report: Report, flops: float | None) -> None:
     """The same for a text-to-image model: its folder, scheduler, weights and data first."""
     options, seen = kind_by_name(plan.problem).form(**plan.problem_options), {}
     options = options if options.model else options.but(model=str(asset("scenes-pipeline")))
-    known = report.check("model", lambda: seen.update(index=_index(options)) or f"{seen['index'][0]} in {options.model}")
-    if known and seen["index"][2] is not None:
-        report.check("scheduler", lambda: f"{schedule_of(seen['index'][2]).spacing} betas, predicts {prediction_of(seen['index'][2])}")
-        report.check("weights", lambda: _weights(options))
+    known = report.check("model", lambda: seen.update(model=Seen.of(options)) or f"{seen['model'].family.name} in {options.model}")
+    if known:
+        family, scheduler = seen["model"].family, seen["model"].scheduler
+        report.check("scheduler", lambda: f"{family.schedule(scheduler).spacing} betas, predicts {family.prediction(scheduler)}")
+        if Path(options.model).is_dir():
+            report.check("weights", lambda: _weights(options, family))
     report.check("data", lambda: seen.update(data=_data(options, needs_pictures(plan))) or seen["data"][0])
-    if not known:
+    if not known or not report.check("size", lambda: seen.update(shapes=seen["model"].shapes(options)) or f"latents of {seen['shapes'].sample}"):
         return
-    _, config, _, tokens = seen["index"]
-    size = lambda: (config["in_channels"], *[_latent_side(options, config)] * 2)
-    if report.check("size", lambda: seen.update(latent=size()) or f"latents of {seen['latent']}"):
-        mode, shapes = FakeTensorMode(allow_non_fake_inputs=True), Shapes.of(config, seen["latent"], tokens)
-        problem = shapes_of_problem(config, shapes, options.guidance_scale, mode)
-        if report.check("method", lambda: check(problem, plan) or _method(plan)):
-            items = seen["data"][1] if "data" in seen else None
-            _estimate(plan, report, problem, rehearse(plan, problem, mode), items, flops)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode)
+    if report.check("method", lambda: check(problem, plan) or _method(plan)):
+        items = seen["data"][1] if "data" in seen else None
+        _estimate(plan, report, problem, rehearse(plan, problem, mode), items, flops)
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #b1e448d5
 def _estimate(plan: Plan, report: Report, problem: Problem, rehearsal: Rehearsal, items: CaptionedImages | None, flops: float | None) -> None:
@@ -393,13 +408,3 @@ def _estimate(plan: Plan, report: Report, problem: Problem, rehearsal: Rehearsal
     device = "cuda" if torch.cuda.is_available() and plan.device != "cpu" else "cpu"
     report.operations = operations(plan, problem, rehearsal.forward)
     report.seconds = report.operations / (flops or throughput(plan.precision if device == "cuda" else "no", device))
-
-
-def _latent_side(options: ModelOptions, config: dict) -> int:
-    """The side of the latents. Raises ValueError if the size does not fit the networks."""
-    path = Path(options.model) / "vae" / "config.json"
-    factor = 2 ** (len(json.loads(path.read_text())["block_out_channels"]) - 1) if path.exists() else 8
-    multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
-    if options.size % multiple:
-        raise ValueError(f"pictures for this model must be a multiple of {multiple} pixels wide, not {options.size}")
-    return options.size // factor
