@@ -20,17 +20,12 @@ from .teacher import Teacher
 from ..solvers import Solver, ddim
 
 # %% auto #0
-__all__ = ['DDIL']
+__all__ = ['Shares', 'DDIL']
 
-# %% ../../nbs/03_rollins/10_ddil.ipynb #a557a89c
+# %% ../../nbs/03_rollins/10_ddil.ipynb #9ad2d392
 @dataclass(frozen=True)
-class DDIL:
-    """On whose states a student is trained (Garrepalli et al. 2024, supplement A). It checks its values.
-
-    `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise
-    the share of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published)
-    or each "sample". `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
-    """
+class Shares:
+    """How much of the training states is collected, who drives there, and how long they are kept: checked values."""
 
     collected: tuple[float, float] = (0.25, 0.50)
     beta: tuple[float, float] | Ramp = (0.15, 0.80)
@@ -47,6 +42,16 @@ class DDIL:
         check_mixing(self.mixing)
         if self.capacity < 1 or not self.reuse > 0:
             raise ValueError(f"capacity and reuse must be positive, not {self.capacity} and {self.reuse}")
+
+# %% ../../nbs/03_rollins/10_ddil.ipynb #a557a89c
+@dataclass(frozen=True)
+class DDIL(Shares):
+    """On whose states a student is trained (Garrepalli et al. 2024, supplement A). It checks its values.
+
+    `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise
+    the share of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published)
+    or each "sample". `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
+    """
 
     def states(self, student: Denoiser, teacher: Teacher, data: Data, shape: Sequence[int], updates: int, batch: int,
                source: Source | int = Source(), solver: Solver = ddim, label: bool = True) -> RollIn:

@@ -20,7 +20,13 @@ from .ramp import constant
 from .states import Data, Origin, RollIn, States
 
 # %% auto #0
-__all__ = ['Forward', 'ConditionDropout']
+__all__ = ['noised', 'Forward', 'ConditionDropout']
+
+# %% ../../nbs/03_rollins/05_forward.ipynb #1e288e5c
+def noised(schedule: Schedule, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """(n, …): z = alpha(t) x + sigma(t) eps for clean data x (n, …), times t (n,) and noise like x."""
+    alpha, sigma = coefficients(schedule, t, x)
+    return x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype)
 
 # %% ../../nbs/03_rollins/05_forward.ipynb #dc01c67a
 class Forward(RollIn):
@@ -47,13 +53,12 @@ class Forward(RollIn):
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         draws, device = self.source.draws("forward", step, n=n, asked=rows), self.source.device
-        t, s = (torch.from_numpy(time).to(device) for time in self._times(step, draws))
+        t, s = (torch.from_numpy(times).to(device) for times in self._times(step, draws))
         place = shuffled_indices(len(self.data), n, step, self.source.seed)[draws.rows]
         x, cond = self.data[place]
         coupled = getattr(self.data, "noise", None)
         x, noise = x.to(device), draws.normal(x.shape[1:]) if coupled is None else coupled(place).to(device)
-        alpha, sigma = coefficients(self.schedule, t, x)
-        z = x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype)
+        z = noised(self.schedule, x, t, noise)
         states = States(z, t, s, map_cond(lambda c: c.to(device), cond), np.full(len(x), Origin.DATA), x=x)
         return states if coupled is None else self._from_noise(states, noise)
 

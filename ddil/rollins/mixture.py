@@ -14,7 +14,46 @@ from .ramp import check_mixing, Ramp
 from .states import cat_states, RollIn, States, under, within
 
 # %% auto #0
-__all__ = ['Mixture']
+__all__ = ['Lottery', 'Mixture']
+
+# %% ../../nbs/03_rollins/08_mixture.ipynb #cbe7240e
+class Lottery:
+    """Which part each row of a batch comes from, drawn by `priors` (numbers or Ramps, by name), and how often each was.
+
+    Raises ValueError unless the priors add up to 1 at every update.
+    """
+
+    def __init__(self, priors: dict[str, float | Ramp], mixing: str, source: Source):
+        self.priors = {name: Ramp.of(prior) for name, prior in priors.items()}
+        self.mixing, self.source = check_mixing(mixing), source
+        self.asked, self.used = np.zeros(len(priors)), np.zeros(len(priors))
+        for step in {start for ramp in self.priors.values() for start in ramp.starts}:
+            self.prior(step)
+
+    def prior(self, step: int) -> np.ndarray:
+        """(parts,): the probabilities at update `step`."""
+        prior = np.array([ramp(step) for ramp in self.priors.values()])
+        if abs(prior.sum() - 1) > 1e-6:
+            raise ValueError("the priors of a mixture must add up to 1, "
+                             f"at update {step} they are {dict(zip(self.priors, prior.tolist()))}")
+        return prior
+
+    def draw(self, n: int, step: int, asked: np.ndarray) -> np.ndarray:
+        """(n,): the number of the part for each row of a global batch; those `asked` for (n booleans) are counted."""
+        prior = self.prior(step)
+        drawn = self.source.generator("mixture", step).random(n if self.mixing == "sample" else 1)
+        choice = np.broadcast_to(np.searchsorted(prior.cumsum()[:-1], drawn, side="right"), n)
+        self.asked += prior * asked.sum()
+        self.used += np.bincount(choice[asked], minlength=len(self.priors))
+        return choice
+
+    def log(self) -> dict[str, float]:
+        """For each part the share asked and the share used since the beginning."""
+        total = max(self.asked.sum(), 1)
+        shares = {}
+        for word, values in (("asked", self.asked), ("used", self.used)):
+            shares |= {f"{name} {word}": float(value / total) for name, value in zip(self.priors, values)}
+        return shares
 
 # %% ../../nbs/03_rollins/08_mixture.ipynb #dbab2097
 class Mixture(RollIn):
@@ -29,52 +68,31 @@ class Mixture(RollIn):
         if not parts:
             raise ValueError("a mixture needs parts to mix")
         self.parts = {name: rollin for name, (rollin, _) in parts.items()}
-        self.priors = {name: Ramp.of(prior) for name, (_, prior) in parts.items()}
-        self.mixing, self.source = check_mixing(mixing), Source.of(source)
+        self.lottery = Lottery({name: prior for name, (_, prior) in parts.items()}, mixing, Source.of(source))
+        self.priors, self.mixing, self.source = self.lottery.priors, mixing, self.lottery.source
         self.asks_apart = mixing == "sample" or any(part.asks_apart for part in self.parts.values())
-        self.asked, self.used = np.zeros(len(parts)), np.zeros(len(parts))
-        for step in {start for ramp in self.priors.values() for start in ramp.starts}:
-            self._prior(step)
-
-    def _prior(self, step: int) -> np.ndarray:
-        prior = np.array([ramp(step) for ramp in self.priors.values()])
-        if abs(prior.sum() - 1) > 1e-6:
-            raise ValueError("the priors of a mixture must add up to 1, "
-                             f"at update {step} they are {dict(zip(self.parts, prior.tolist()))}")
-        return prior
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
-        prior = self._prior(step)
-        drawn = self.source.generator("mixture", step).random(n if self.mixing == "sample" else 1)
-        choice = np.broadcast_to(np.searchsorted(prior.cumsum()[:-1], drawn, side="right"), n)
-        wanted = np.ones(n, bool) if rows is None else rows
-        self.asked += prior * wanted.sum()
-        self.used += np.bincount(choice[wanted], minlength=len(self.parts))
-        batches = []
+        asked, batches = np.ones(n, bool) if rows is None else rows, []
+        choice = self.lottery.draw(n, step, asked)
         for k, part in enumerate(self.parts.values()):
-            mine = wanted & (choice == k)
+            mine = asked & (choice == k)
             if mine.any():
                 states = part.sample(n, step, None if mine.all() else mine)
                 batches += [states] if len(states) else []
         return cat_states(batches)
 
     def log(self) -> dict[str, float]:
-        """For each part the share asked and the share used since the beginning, and the part's own log."""
-        total = max(self.asked.sum(), 1)
-        figures = {}
-        for word, values in (("asked", self.asked), ("used", self.used)):
-            figures |= {f"{name} {word}": float(value / total) for name, value in zip(self.parts, values)}
-        for name, part in self.parts.items():
-            figures |= {f"{name} {key}": value for key, value in part.log().items()}
-        return figures
+        """The shares of the parts, and each part's own log."""
+        parts = {f"{name} {key}": value for name, part in self.parts.items() for key, value in part.log().items()}
+        return self.lottery.log() | parts
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"asked": torch.from_numpy(self.asked), "used": torch.from_numpy(self.used)}
-        for name, part in self.parts.items():
-            state |= under(name, part.state_dict())
-        return state
+        shares = {"asked": torch.from_numpy(self.lottery.asked), "used": torch.from_numpy(self.lottery.used)}
+        parts = (under(name, part.state_dict()) for name, part in self.parts.items())
+        return {key: value for state in (shares, *parts) for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.asked, self.used = state["asked"].numpy().copy(), state["used"].numpy().copy()
+        self.lottery.asked, self.lottery.used = (state[name].numpy().copy() for name in ("asked", "used"))
         for name, part in self.parts.items():
             part.load_state_dict(within(name, state))

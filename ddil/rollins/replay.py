@@ -14,7 +14,7 @@ from .rollout import Rollout
 from .states import RollIn, States, under, within
 
 # %% auto #0
-__all__ = ['Ring', 'Replay']
+__all__ = ['Ring', 'Collection', 'Replay']
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #5491fa03
 class Ring:
@@ -60,13 +60,9 @@ class Ring:
         if tensors := within("store", state):
             self.states = States.from_flat(tensors).map(lambda value: value.to(self.source.device, copy=True))
 
-# %% ../../nbs/03_rollins/07_replay.ipynb #1fd4fd9b
-class Replay(RollIn):
-    """The last `capacity` states of `rollout`, each trained on `reuse` times on average.
-
-    `batch`: rows of a global batch. `trajectories`: roll-outs of a collection (a divisor of `batch`; the first fills
-    all lanes). Raises ValueError for a capacity of less than one trajectory a row, or roll-outs that cannot be shared.
-    """
+# %% ../../nbs/03_rollins/07_replay.ipynb #8c65dda4
+class Collection(RollIn):
+    """A ring of the states of `rollout`, and when to collect: as soon as they have served `reuse` times on average."""
 
     def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0,
                  trajectories: int | None = None):
@@ -84,6 +80,11 @@ class Replay(RollIn):
         self.ring = Ring(capacity // batch, batch, self.source)
         self.collections = self.served = self.age = 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the states have served often enough, or there are none."""
+        return self.collections == 0 or self.served >= self.reuse * self.ring.written.sum()
+
     def collect(self, step: int) -> None:
         """Roll out with the student as it is now and write the states over the oldest."""
         n = self.batch if self.collections == 0 else self.trajectories
@@ -93,10 +94,18 @@ class Replay(RollIn):
             self.ring.write(states, lanes, step)
         self.collections += 1
 
+# %% ../../nbs/03_rollins/07_replay.ipynb #1fd4fd9b
+class Replay(Collection):
+    """The last `capacity` states of `rollout`, each trained on `reuse` times on average.
+
+    `batch`: rows of a global batch. `trajectories`: roll-outs of a collection (a divisor of `batch`; the first fills
+    all lanes). Raises ValueError for a capacity of less than one trajectory a row, or roll-outs that cannot be shared.
+    """
+
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         if n != self.batch:
             raise ValueError(f"this replay serves batches of {self.batch}, not {n}")
-        if self.collections == 0 or self.served >= self.reuse * self.ring.written.sum():
+        if self.is_due:
             self.collect(step)
         filled = np.minimum(self.ring.written, self.ring.slots)
         slot = (self.source.generator("replay", step).random(n) * filled).astype(np.int64)

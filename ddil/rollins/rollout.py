@@ -21,7 +21,7 @@ from .teacher import Teacher
 from ..solvers import ddim, Memory, Solver
 
 # %% auto #0
-__all__ = ['Driver', 'mixed_step', 'begin', 'driving', 'Wheel', 'Rollout']
+__all__ = ['Driver', 'mixed_step', 'begin', 'driving', 'Wheel', 'Walks', 'Rollout']
 
 # %% ../../nbs/03_rollins/06_rollout.ipynb #c987fe1d
 Driver = Callable[[Tensor, Cond, "Tensor | slice"], Tensor]
@@ -113,14 +113,9 @@ def _noise(here: States, draws: Draws) -> Callable[[Tensor], Tensor]:
     """Noise for a stochastic solver, for all rows of this process."""
     return lambda like: draws.normal(here.z.shape[1:])
 
-# %% ../../nbs/03_rollins/06_rollout.ipynb #4bfd865d
-class Rollout(RollIn):
-    """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update).
-
-    `shape` is that of a sample; `data` gives the conditions (None: unconditional), and the noise if it couples the two.
-    `mixing`: one coin for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also
-    where the student drives. `visit`: "all" nodes of a walk give states, or "one", drawn for the batch, where it ends.
-    """
+# %% ../../nbs/03_rollins/06_rollout.ipynb #4ec9fa47
+class Walks(RollIn):
+    """Who drives on walks from noise, how often, and what of a walk is kept; the transitions are counted by driver."""
 
     def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None,
                  beta: float | Ramp = 0.5, mixing: str = "batch", label: bool = True, solver: Solver = ddim,
@@ -140,6 +135,26 @@ class Rollout(RollIn):
     def nodes(self) -> int:
         """States that one trajectory gives."""
         return len(self.wheel.teacher.student_grid) - 1 if self.visit == "all" else 1
+
+    def log(self) -> dict[str, float]:
+        """The share of transitions that the student was asked to make, and the share that it made."""
+        total, asked, made = self.tally.tolist()
+        return {"beta asked": asked / total, "beta used": made / total} if total else {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"tally": self.tally}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.tally = state["tally"]
+
+# %% ../../nbs/03_rollins/06_rollout.ipynb #4bfd865d
+class Rollout(Walks):
+    """Mixed roll-outs (DDIL, Algorithm 1): at each node the student makes the transition with probability beta(update).
+
+    `shape` is that of a sample; `data` gives the conditions (None: unconditional), and the noise if it couples the two.
+    `mixing`: one coin for the "batch" (published) or for each "sample". `label`: ask the teacher at every state, also
+    where the student drives. `visit`: "all" nodes of a walk give states, or "one", drawn for the batch, where it ends.
+    """
 
     def trajectories(self, n: int, step: int) -> list[States]:
         """This process' share of `n` roll-outs: their states, node by node from noise on."""
@@ -170,14 +185,3 @@ class Rollout(RollIn):
             visited = cat_states(copies)
         order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # trajectory by trajectory
         return visited[order[self.source.rows(n, rows) - self.source.rows(n)[0]]]
-
-    def log(self) -> dict[str, float]:
-        """The share of transitions that the student was asked to make, and the share that it made."""
-        total, asked, made = self.tally.tolist()
-        return {"beta asked": asked / total, "beta used": made / total} if total else {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"tally": self.tally}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.tally = state["tally"]

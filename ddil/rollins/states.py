@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, map_cond
+from ..diffusion.denoiser import Cond
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['Origin', 'under', 'within', 'States', 'cat_states', 'RollIn', 'Data']
+__all__ = ['Origin', 'under', 'within', 'Rows', 'States', 'cat_states', 'RollIn', 'Data']
 
 # %% ../../nbs/03_rollins/01_states.ipynb #c08e58b8
 class Origin(IntEnum):
@@ -35,9 +38,42 @@ def within(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a flat dictionary that lies under `name`."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
+# %% ../../nbs/03_rollins/01_states.ipynb #ae020ed6
+class Rows:
+    """A dataclass of values with one row for each sample: tensors, arrays named in `ARRAYS`, conditions `cond`."""
+
+    ARRAYS = ("origin", "known")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """`function` of every tensor, that is of all that is known; the two arrays pass through it as tensors, too."""
+        return type(self).from_flat({name: function(value) for name, value in self.flat().items()})
+
+    def flat(self) -> dict[str, Tensor]:
+        """All that is known as a flat dictionary of tensors, which share their memory; conditions are "cond.key"."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cond"}
+        conditions = self.cond if isinstance(self.cond, dict) else {"": self.cond}
+        values |= under("cond", conditions)
+        return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_flat(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The rows that `flat` made a dictionary of; names that are none of theirs are left aside."""
+        conditions = within("cond", tensors)
+        values = {field.name: tensors[field.name] for field in fields(cls) if field.name in tensors}
+        values |= {name: values[name].cpu().numpy() for name in cls.ARRAYS if name in values}
+        return cls(cond=conditions.get("", conditions or None), **values)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Self:
+        """Some of the rows: a slice or an index array."""
+        if isinstance(rows, slice):
+            return self.map(lambda value: value[rows])
+        index = torch.from_numpy(rows)
+        there = index.to(self.z.device)
+        return self.map(lambda value: value[index if value.device == index.device else there])
+
 # %% ../../nbs/03_rollins/01_states.ipynb #0b9a8997
 @dataclass
-class States:
+class States(Rows):
     """n states to train on: z (n, …) at the times t, and s, the next times of the student's grid, both (n,) float64.
 
     cond: n rows of conditions, or None. origin: (n,) numpy, of `Origin`. x: (n, …) the clean data, where known.
@@ -57,33 +93,6 @@ class States:
 
     def __len__(self) -> int:
         return len(self.z)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> States:
-        """`function` of every tensor, that is of all that is known; the two arrays pass through it as tensors, too."""
-        return States.from_flat({name: function(value) for name, value in self.flat().items()})
-
-    def flat(self) -> dict[str, Tensor]:
-        """All that is known as a flat dictionary of tensors, which share their memory; conditions are "cond.key"."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cond"}
-        conditions = self.cond if isinstance(self.cond, dict) else {"": self.cond}
-        values |= under("cond", conditions)
-        return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
-
-    @staticmethod
-    def from_flat(tensors: Mapping[str, Tensor]) -> States:
-        """The states that `flat` made a dictionary of; names that are none of theirs are left aside."""
-        conditions = within("cond", tensors)
-        values = {field.name: tensors[field.name] for field in fields(States) if field.name in tensors}
-        values |= {name: values[name].cpu().numpy() for name in ("origin", "known") if name in values}
-        return States(cond=conditions.get("", conditions or None), **values)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> States:
-        """The states of some rows: a slice or an index array."""
-        if isinstance(rows, slice):
-            return self.map(lambda value: value[rows])
-        index = torch.from_numpy(rows)
-        there = index.to(self.z.device)
-        return self.map(lambda value: value[index if value.device == index.device else there])
 
     def with_labels(self, teacher_z: Tensor) -> States:
         """The same states, each with its label."""

@@ -18,26 +18,29 @@ from .states import States
 from ..solvers import ddim, Memory, Solver
 
 # %% auto #0
-__all__ = ['Teacher']
+__all__ = ['check_strides', 'Course', 'Teacher']
 
-# %% ../../nbs/03_rollins/02_teacher.ipynb #476011af
-class Teacher:
-    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride].
+# %% ../../nbs/03_rollins/02_teacher.ipynb #2957f852
+def check_strides(steps: int, stride: int, look: int) -> None:
+    """Raise ValueError unless `stride` divides the teacher's number of `steps`, and `look` the stride."""
+    if stride < 1 or steps % stride:
+        raise ValueError(f"a grid of {steps} steps cannot be walked {stride} steps at a time")
+    if look < 1 or stride % look:
+        raise ValueError(f"labels {look} steps ahead do not divide the student's step, "
+                         f"which is {stride} of the teacher's")
 
-    A label is where it arrives `look` of its steps on. `look` divides `stride` and is as long if not given (progressive
-    distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
+# %% ../../nbs/03_rollins/02_teacher.ipynb #1bc8713e
+class Course:
+    """A teacher's `grid` on a device. The student's is grid[::stride]; labels go from node to node of grid[::look].
+
+    `stops` are the grid's times as numbers, `student_grid` and `label_grid` tensors on the CPU.
     """
 
-    def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim,
-                 look: int | None = None):
-        grid, look = check_grid(grid), stride if look is None else look
-        if stride < 1 or (len(grid) - 1) % stride:
-            raise ValueError(f"a grid of {len(grid) - 1} steps cannot be walked {stride} steps at a time")
-        if look < 1 or stride % look:
-            raise ValueError(f"labels {look} steps ahead do not divide the student's step, "
-                             f"which is {stride} of the teacher's")
-        self.denoiser, self.stride, self.solver, self.look = denoiser, stride, solver, look
-        self.grid = grid.to(denoiser.device)
+    def __init__(self, grid: Tensor, stride: int, look: int, device: torch.device):
+        grid = check_grid(grid)
+        check_strides(len(grid) - 1, stride, look)
+        self.stride, self.look = stride, look
+        self.grid = grid.to(device)
         self.stops = grid.tolist()
         self.student_grid, self.label_grid = grid[::stride].clone(), grid[::look].clone()
         self._rising = -self.grid[::look].contiguous()  # for searchsorted
@@ -59,6 +62,29 @@ class Teacher:
         whose = "student" if self.look == self.stride else "label"
         return f"the {whose}'s grid, {steps} of the teacher's steps before its end: {self.label_grid.tolist()}"
 
+    def steps_left(self, t: Time) -> int:
+        """From a node `t` to the end. With a time for each sample too many to be the end: there times of 0 tell."""
+        return len(self.stops) if isinstance(t, Tensor) else len(self.stops) - 1 - self.stops.index(t)
+
+    def states_at(self, place: int, z: Tensor, cond: Cond, origin: np.ndarray, **known: Tensor | None) -> States:
+        """States z (n, …) at the time number `place` of its grid, a node of `label_grid`; s is where a label ends."""
+        ends = self.stops[place], self.stops[place + self.look]
+        t, s = (torch.full((len(z),), end, dtype=torch.float64, device=z.device) for end in ends)
+        return States(z, t, s, cond, origin, **known)
+
+# %% ../../nbs/03_rollins/02_teacher.ipynb #476011af
+class Teacher(Course):
+    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride].
+
+    A label is where it arrives `look` of its steps on. `look` divides `stride` and is as long if not given (progressive
+    distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
+    """
+
+    def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim,
+                 look: int | None = None):
+        super().__init__(grid, stride, stride if look is None else look, denoiser.device)
+        self.denoiser, self.solver = denoiser, solver
+
     def advance(self, z: Tensor, t: Time, cond: Cond = None, noise: Callable[[Tensor], Tensor] = torch.randn_like,
                 steps: int | None = None) -> Tensor:
         """Where the teacher arrives `steps` of its steps (default: `look`) after (z, t).
@@ -68,19 +94,11 @@ class Teacher:
         """
         with torch.inference_mode():
             stops = self._times(t, steps or self.look)
-            # Only the last step of the whole grid is a final one. (With a time for each sample, times of 0 tell.)
-            remaining = len(self.stops) if isinstance(t, Tensor) else len(self.stops) - 1 - self.stops.index(t)
-            memory = Memory(noise, remaining)
+            memory = Memory(noise, self.steps_left(t))  # only the last step of the whole grid is a final one
             for start, end in zip(stops, stops[1:]):
                 z = self.solver(self.denoiser, z, start, end, cond, memory)
                 memory.remaining -= 1
         return z.clone()  # an ordinary tensor again, which autograd may save
-
-    def states_at(self, place: int, z: Tensor, cond: Cond, origin: np.ndarray, **known: Tensor | None) -> States:
-        """States z (n, …) at the time number `place` of its grid, a node of `label_grid`; s is where a label ends."""
-        ends = self.stops[place], self.stops[place + self.look]
-        t, s = (torch.full((len(z),), end, dtype=torch.float64, device=z.device) for end in ends)
-        return States(z, t, s, cond, origin, **known)
 
     def label(self, states: States) -> Tensor:
         """(n, …): where the teacher goes from each state; it is asked only for those that do not carry the answer."""

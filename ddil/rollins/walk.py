@@ -21,7 +21,7 @@ from .teacher import Teacher
 from ..solvers import AnalyticFirstStep, ddim, walk
 
 # %% auto #0
-__all__ = ['is_analytic', 'Trip', 'Walk']
+__all__ = ['is_analytic', 'Trip', 'check_roles', 'with_steps', 'Trips', 'Walk']
 
 # %% ../../nbs/03_rollins/09_walk.ipynb #7cf9249e
 def is_analytic(student: Denoiser, t: float) -> bool:
@@ -64,22 +64,29 @@ class Trip:
         states = self.teacher.states_at(self.node * self.teacher.stride, z, cond, origin)
         return states if self.path is None else states.with_labels(self.path[self.node])
 
-# %% ../../nbs/03_rollins/09_walk.ipynb #d2f684e0
-class Walk(RollIn):
-    """The student's own walk, one node an update: a batch is where the student arrived in the one before.
+# %% ../../nbs/03_rollins/09_walk.ipynb #737789f5
+def check_roles(labeller: str, driver: str) -> None:
+    """Raise ValueError unless it is known who labels and who drives, and the two go together."""
+    if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
+        raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', "
+                         f"and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
 
-    SFD (Zhou et al. 2024, algorithm 2). `labeller`: "trajectory", the teacher's own walk from the same noise
-    (published), or "teacher", asked again at the student's state (DAgger). `driver`: "student", or "teacher" for walks along the
-    teacher's path (behaviour cloning). `teacher`: several, with grids of several lengths, take turns at random; a
-    student with the input "steps" is told which.
-    """
+
+def with_steps(student: Denoiser, cond: Cond, trip: Trip, n: int, device: torch.device) -> Cond:
+    """n conditions, with the number of steps of the trip if the student takes the input "steps"."""
+    if "steps" not in student.inputs:
+        return cond
+    steps = float(len(trip.teacher.student_grid) - 1)
+    return with_inputs(cond, steps=torch.full((n,), steps, device=device))
+
+# %% ../../nbs/03_rollins/09_walk.ipynb #ba7042d5
+class Trips(RollIn):
+    """Trips one after the other, each on the grid of one of the teachers, who take turns at random."""
 
     def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int],
                  data: Data | None = None, labeller: str = "trajectory", driver: str = "student",
                  source: Source | int = Source()):
-        if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
-            raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', "
-                             f"and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
+        check_roles(labeller, driver)
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
             raise ValueError("student and teachers must walk on one schedule, "
@@ -95,17 +102,27 @@ class Walk(RollIn):
         return Trip(self.teachers[turn], node, path)
 
     def _begin(self, n: int) -> States:
-        """A new walk: noise, conditions, and the teacher's states if these are the labels."""
+        """A new trip: noise, conditions, and the teacher's states if these are the labels."""
         self.walks += 1
         self.trip = self._trip()
         start = begin(self.trip.teacher, self.shape, self.data, self.source.draws("walk", self.walks, n=n))
         if self.labeller == "trajectory":
             self.trip.lay_path(start)
-        cond, device = start.cond, self.source.device
-        if "steps" in self.student.inputs:
-            steps = float(len(self.trip.teacher.student_grid) - 1)
-            cond = with_inputs(cond, steps=torch.full((len(start),), steps, device=device))
+        cond = with_steps(self.student, start.cond, self.trip, len(start), self.source.device)
         return self.trip.here(start.z, cond, start.origin)
+
+    def log(self) -> dict[str, float]:
+        return {"walks": self.walks}
+
+# %% ../../nbs/03_rollins/09_walk.ipynb #d2f684e0
+class Walk(Trips):
+    """The student's own walk, one node an update: a batch is where the student arrived in the one before.
+
+    SFD (Zhou et al. 2024, algorithm 2). `labeller`: "trajectory", the teacher's own walk from the same noise
+    (published), or "teacher", asked again at the student's state (DAgger). `driver`: "student", or "teacher" for walks
+    along the teacher's path (behaviour cloning). `teacher`: several, with grids of several lengths, take turns at
+    random; a student with the input "steps" is told which.
+    """
 
     def _go_on(self) -> States:
         """Where the driver arrived: the student as the method computed it, or by one evaluation more."""
@@ -124,9 +141,6 @@ class Walk(RollIn):
         if is_analytic(self.student, self.trip.times[0]):
             self.last = self._go_on()
         return self.last if rows is None else self.last[np.flatnonzero(rows[self.source.rows(n)])]
-
-    def log(self) -> dict[str, float]:
-        return {"walks": self.walks}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The last batch, where it stands in its walk, and the labels that are still to come."""
