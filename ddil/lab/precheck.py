@@ -13,12 +13,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .batch import Batch, BatchError, Run, code_cells, declared_parameters, read_batch
-from ..forms import Form, UnusableValues
+from ..forms import UnusableValues
 
 # %% auto #0
 __all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check_batches']
@@ -82,7 +82,8 @@ def _verdict(notebook: str, parameters: Mapping[str, Any]) -> dict[str, list]:
     except Exception as error:  # whatever a notebook raises is about this run alone
         return {"wrong": [str(error) if isinstance(error, ValueError) else f"the check stops with {type(error).__name__}: {error}"], "absent": [], "plans": []}
     plans = names.get("plans")
-    return {"wrong": [], "absent": [], "plans": [plan.model_dump() if isinstance(plan, Form) else asdict(plan) for plan in plans.values() if isinstance(plan, Form) or is_dataclass(plan)] if isinstance(plans, dict) else []}
+    written = [plan.flat() for plan in plans.values() if hasattr(plan, "flat")] if isinstance(plans, dict) else []
+    return {"wrong": [], "absent": [], "plans": written}
 
 
 def verdicts(runs: Sequence[Run]) -> list[dict[str, list]]:

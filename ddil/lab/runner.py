@@ -186,14 +186,14 @@ def run_batches(checked: Checked, executor: Executor, retry: bool = False, show:
 def _examined(plans: Sequence[dict]) -> tuple[float | None, float | None]:
     """(minutes, GiB) of text-to-image plans by the doctor, for this machine. Plans that differ in their seed alone are examined once."""
     from ddil.distil.doctor import examine  # seconds, which only who asks for an estimate has to wait
-    from ddil.distil.recipe import plan_from
+    from ddil.distil.plan import Plan
 
     seconds, sizes, known = 0.0, [], {}
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     for values in plans:
         same = json.dumps({name: value for name, value in values.items() if name not in ("seed", "output", "cache")}, sort_keys=True)
         if same not in known:
-            known[same] = examine(plan_from(values))
+            known[same] = examine(Plan(**values))
         if known[same].seconds is None:
             return None, None
         seconds += known[same].seconds * values["updates"] * (len(values["stages"]) - 1)
