@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import __version__
+
 # %% auto #0
-__all__ = ['COMMANDS', 'Command', 'parser', 'main', 'command']
+__all__ = ['ABOUT', 'COMMANDS', 'Command', 'parser', 'main', 'command']
 
 # %% ../nbs/10_lab/17_cli.ipynb #78f30f94
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Command:
         return getattr(importlib.import_module(self.module), f"{self.stem}_{part}")
 
 # %% ../nbs/10_lab/17_cli.ipynb #afea0fd0
+ABOUT = "Distil diffusion models into few-step students: choose the method, and on whose states the student is trained."
 _DISTIL = ("ddil.distil.command", "distil")
 COMMANDS: dict[str, Command] = {
     "doctor": Command(*_DISTIL, "estimate memory and time, and check everything, before anything is launched"),
@@ -42,7 +45,8 @@ COMMANDS: dict[str, Command] = {
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The commands, and the options of the `chosen` one."""
-    top = argparse.ArgumentParser("ddil", description="Few-step students of diffusion models")
+    top = argparse.ArgumentParser("ddil", description=ABOUT, epilog="Begin with: ddil distil --problem digits --updates 100")
+    top.add_argument("--version", action="version", version=f"ddil {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     for name, entry in COMMANDS.items():
         command = commands.add_parser(name, help=entry.meaning, description=entry.meaning)

@@ -161,7 +161,7 @@ UNFIT: dict[str, tuple[Callable[[], Problem], str]] = {
     "empty data": (lambda: tiny.problem(data=Nothing(), teacher=CountingTeacher()), "the data set is empty"),
     "two schedules": (lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()),
                       "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine"),
-    "a student that cannot learn": (lambda: tiny.problem(student=frozen()), "no trainable parameters"),
+    "a student that cannot learn": (lambda: tiny.problem(student=CountingTeacher()), "has no parameters"),
     "labels out of range": (lambda: digits_with(labels=digits().cond + 5), r"labels must be in \[0, 10\]"),
     "labels that are no whole numbers": (lambda: digits_with(labels=digits().cond.float()),
                                          "integer labels, not torch.float32"),

@@ -14,10 +14,9 @@ import numpy as np
 from ..datasets.digits import asset
 from .doctor import examine
 from .menu import MENU, menu_text
-from .plan import PRESETS, HowLong, Plan, What, Where, WhoseStates, read_plan, write_plan
+from .plan import PRESETS, HowLong, Plan, What, Where, WhoseStates, read_plan
 from .problem import KINDS_OF_PROBLEM, ModelOptions, kind_by_name
 from .stages import carry_out, make_problem
-from ..files import write_text
 from ..forms import Form, UnusableValues, fields_of
 from ..measure.plots import sample_rows
 from ..models.export import export_pipeline
@@ -121,6 +120,5 @@ def distil_command(given: argparse.Namespace) -> int:
     if not report.ok:
         return 1
     if given.command == "distil":
-        write_text(Path(plan.output) / "plan.yaml", write_plan(plan))
         finish(plan, carry_out(plan))
     return 0

@@ -276,7 +276,7 @@ enter(Entry(
     options=Weighted, inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "guidance", "The guided teacher's two evaluations in one", ("Meng et al. 2023, stage one",), ddil_states,
+    "guidance", "One evaluation replaces the two of a guided teacher", ("Meng et al. 2023, stage one",), ddil_states,
     lambda stage: GuidanceDistillation(stage.teacher.denoiser, stage.options.weighting),
     "student and back, and one guided estimate", aliases=("guidance-distillation",), steps="same", options=Weighted,
     needs=frozenset({"null condition"}), inputs=scaled_inputs, finished=at_scale))
@@ -294,7 +294,7 @@ class Naive(Paired):
     distance: Distance = Field("huber", description="between the student's arrival and the teacher's")
 
 
-NO_WALK = "its student is asked at the noise alone, where every walk begins"
+NO_WALK = "its student only sees pure noise, where every walk begins"
 
 enter(Entry(
     "naive", "One step from the noise to the teacher's sample", ("Luhman & Luhman 2021",), noised_pairs,
@@ -369,7 +369,7 @@ class Followed(Scaled):
     """Options of consistency methods."""
 
     distance: Distance = Field("huber", description="between the two arrivals")
-    decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+    target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
 class FollowedL2(Followed):
@@ -385,28 +385,28 @@ JUMPS = "student and back, its target, and one look of the teacher"
 def consistent(destination: Callable[[Stage], Edges | Anywhere], follows: bool = True) -> Callable[[Stage], Method]:
     """The question of the consistency family, for jumps that end at `destination`."""
     def question(stage: Stage) -> Method:
-        target = stage.following(stage.options.decay) if follows else None
+        target = stage.following(stage.options.target_decay) if follows else None
         return Consistency(stage.teacher, destination(stage), target, stage.options.distance)
     return question
 
 
 enter(Entry(
-    "consistency", "Jumps to the end, one look apart", ("Song et al. 2023",), ddil_states, consistent(lambda stage: TO_THE_END),
+    "consistency", "Two states one step of the teacher apart must give the same clean sample", ("Song et al. 2023",), ddil_states, consistent(lambda stage: TO_THE_END),
     JUMPS, aliases=("cd", "consistency-distillation"), look=1, solver="consistency", options=FollowedL2, inputs=scaled_inputs,
     finished=at_scale))
 
 enter(Entry(
-    "lcm", "Consistency of latents, under guidance, with long looks", ("Luo et al. 2023",), ddil_states,
+    "lcm", "The same for latents under guidance, with long steps of the teacher", ("Luo et al. 2023",), ddil_states,
     consistent(lambda stage: TO_THE_END), JUMPS, aliases=("latent-consistency",), look=1, solver="consistency", options=Followed,
     inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "segments", "Jumps to the end of a segment", ("Heek et al. 2024",), ddil_states,
+    "segments", "The same within segments: a jump ends where its segment ends", ("Heek et al. 2024",), ddil_states,
     consistent(lambda stage: Edges(stage.teacher.student_grid), follows=False), JUMPS,
     aliases=("multistep-consistency", "pcm"), look=1, options=Followed, inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "tcd", "Jumps to anywhere below", ("Zheng et al. 2024",), ddil_states,
+    "tcd", "The same, but a jump may end at any smaller time", ("Zheng et al. 2024",), ddil_states,
     consistent(lambda stage: Anywhere(stage.teacher.grid.cpu())), JUMPS, aliases=("trajectory-consistency",), look=1,
     options=Followed, inputs=scaled_inputs, finished=at_scale))
 
@@ -415,7 +415,7 @@ class Trajectory(Form):
     """Options of CTM."""
 
     distance: Distance = Field("huber", description="between the two arrivals")
-    decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+    target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
     longest: int = Field(4, ge=1, description="the teacher looks 1 to this many of its steps ahead")
     denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
 
@@ -423,11 +423,11 @@ class Trajectory(Form):
 def trajectory(stage: Stage) -> Method:
     """CTM's question."""
     options = stage.options
-    return CTM(stage.teacher, options.decay, options.distance, options.longest, options.denoising)
+    return CTM(stage.teacher, options.target_decay, options.distance, options.longest, options.denoising)
 
 
 enter(Entry(
-    "ctm", "Jumps from anywhere to anywhere, told their end", ("Kim et al. 2023",), ddil_states, trajectory,
+    "ctm", "Jumps between any two times; the network gets the end time as an input", ("Kim et al. 2023",), ddil_states, trajectory,
     "student and back, three jumps of its target, one to a few looks of the teacher", look=1, options=Trajectory,
     needs=frozenset({"inputs"}), inputs=lambda options: ("end",), aliases=("consistency-trajectory",)))
 
@@ -448,7 +448,7 @@ def ends_above_zero(denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[
 
 
 enter(Entry(
-    "there-and-back", "A decoder to cleaner edges, an encoder the other way", ("Starodubcev et al. 2024",), ddil_states,
+    "there-and-back", "One network goes towards the data, a second one back towards noise", ("Starodubcev et al. 2024",), ddil_states,
     lambda stage: BiDirectional(stage.teacher, stage.teacher.student_grid, stage.begin("encoder"), stage.options.weight, stage.options.distance),
     "twice: a network and back, three jumps without gradient, one look of the teacher", look=1, options=Cycled,
     networks=("encoder",), teacher=ends_above_zero, aliases=("bidirectional",)))
@@ -458,12 +458,12 @@ class Trained(Form):
     """Options of consistency training."""
 
     distance: Distance = Field("norm_huber", description="between the two arrivals")
-    decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
+    target_decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
 def training(stage: Stage) -> Method:
     """Consistency without a teacher."""
-    return ConsistencyTraining(stage.student.schedule, TO_THE_END, stage.following(stage.options.decay), stage.options.distance)
+    return ConsistencyTraining(stage.student.schedule, TO_THE_END, stage.following(stage.options.target_decay), stage.options.distance)
 
 
 enter(Entry(
@@ -581,7 +581,8 @@ def menu_text() -> str:
         lines = [f"{entry.name}" + (f"  (also {', '.join(entry.aliases)})" if entry.aliases else ""), f"    {entry.title}: {'; '.join(entry.papers)}",
                  f"    costs {entry.cost}"]
         lines += [f"    needs {needs}"] if needs else []
-        lines += [f"    without DDIL: {entry.ddil}"] if entry.ddil else []
+        plain = "noised data" if entry.starts_at_data else "walks, or pairs that the teacher made"
+        lines += [f"    states: {plain}" + (f"; takes no DDIL: {entry.ddil}" if entry.ddil else "; or DDIL's mixture")]
         own = ", ".join(f"{name} = {value.default}" for name, value in entry.options.model_fields.items())
         blocks.append("\n".join(lines + ([f"    options {own}"] if own else [])))
     return "\n\n".join(blocks)

@@ -205,7 +205,7 @@ class Plan(Checked):
         return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
 
     def but(self, **changes: Any) -> Plan:
-        """The same plan with some values changed; what only a value that is gone gave sense to goes with it."""
+        """The same plan with some values changed; values that only made sense with a removed one are removed, too."""
         values = {**flat(self), **changes}
         needless = {"bound"} if values["reflection"] == "off" else set()
         needless |= {"alpha"} if values["adapters"] == "full" else set()
@@ -288,11 +288,13 @@ def _numbers(value: Any) -> list[float]:
 def _strange(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iterator[str]:
     """Complaints about names that neither the plan, nor the method, nor the problem knows."""
     known = [*Plan.model_fields, *entry.options.model_fields, *(kind.form.model_fields if kind else ())]
-    others = {name: f"method {other.name}" for other in MENU.values() for name in other.options.model_fields}
-    others |= {name: f"problem {other.name}" for other in KINDS_OF_PROBLEM.values() for name in other.form.model_fields}
+    others: dict[str, list[str]] = {}
+    for word, form in [*((other.name, other.options) for other in MENU.values()), *((other.name, other.form) for other in KINDS_OF_PROBLEM.values())]:
+        for name in form.model_fields:
+            others.setdefault(name, []).append(word)
     for name in values:
         if name not in known:
-            whose = f"it is an option of the {others[name]}, not of {entry.name}" + (f" on {kind.name}" if kind else "") if name in others else \
+            whose = f"it is an option of {', '.join(others[name])}, not of {entry.name}" + (f" on {kind.name}" if kind else "") if name in others else \
                 f"there is no such option{did_you_mean(name, known)}"
             yield f"{name} = {values[name]!r}: {whose}"
 

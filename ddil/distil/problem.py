@@ -88,9 +88,8 @@ def check_problem(problem: Problem) -> None:
     sample = first_sample(problem.data)
     if sample is not None and tuple(sample.shape[1:]) != tuple(problem.shape):
         raise ValueError(f"the samples of the data have shape {tuple(sample.shape[1:])}, not the problem's {tuple(problem.shape)}")
-    own = innermost(problem.student) is not innermost(problem.teacher)  # a network that both share is frozen
-    if own and not any(p.requires_grad for p in problem.student.parameters()):
-        raise ValueError("the student has no trainable parameters: let it learn with student.requires_grad_(True)")
+    if not any(True for _ in problem.student.parameters()):
+        raise ValueError("the student has no parameters, so nothing could learn: give a network to begin with")
     if not problem.description:
         raise ValueError("a problem needs a description: plain values that decide teacher, student and data, "
                          "so that no run goes on under another problem")

@@ -311,12 +311,12 @@ def carry_out(plan: Plan, problem: Problem | None = None) -> dict[int, Sampler]:
 
     problem: one of your own, instead of the one that the plan names; it is distilled in this process.
     """
+    task = Path(plan.output) / "plan.yaml"
+    write_text(task, write_plan(plan))  # every effective value, beside the students
     if problem is not None:
         return distil(problem, plan, bar=progress)
     if plan.processes * plan.nodes == 1:
         return _in_this_process(plan)
-    task = Path(plan.output) / "plan.yaml"
-    write_text(task, write_plan(plan))
     launch(task, "ddil.distil.stages", plan.distribution, plan.processes, plan.nodes, plan.device)
     last = {steps[1]: Path(plan.output) / f"{steps[0]}-to-{steps[1]}" / "student" for steps in plan.pairs}
     return {steps: Sampler.load(place) for steps, place in last.items()}
