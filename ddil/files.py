@@ -62,8 +62,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 # %% ../nbs/06_training/03_files.ipynb #73b8d3ff
 def seal(folder: Path, place: Path, description: dict) -> None:
-    """Complete the folder with `sealed.json`, the description and the hashes of all its files, flush all, and rename it to
-    `place` (replacing what was there)."""
+    """Complete the folder with `sealed.json`, the description and the hashes of all its files, and flush all.
+
+    Then rename it to `place`, replacing what was there.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "sealed.json"]
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
     (folder / "sealed.json").write_text(json.dumps({**description, "files": hashes}, indent=1))
@@ -78,17 +80,20 @@ def seal(folder: Path, place: Path, description: dict) -> None:
 
 # %% ../nbs/06_training/03_files.ipynb #58009ba0
 def unseal(place: str | Path, remedy: str = "make it anew") -> dict:
-    """The description of a sealed folder, once every file agrees with its hash. Raises FileNotFoundError or ValueError naming the file and the remedy."""
+    """The description of a sealed folder, once every file agrees with its hash.
+
+    Raises FileNotFoundError or ValueError, which name the file and the remedy.
+    """
     place = Path(place)
-    for replaced in sorted(place.parent.glob(f".{place.name}.old-*")):  # a kill while it was being replaced: the old one is still whole
-        if not place.exists():
+    for replaced in sorted(place.parent.glob(f".{place.name}.old-*")):
+        if not place.exists():  # a kill while it was being replaced: the old one is still whole
             os.replace(replaced, place)
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {place}")
     try:
         description = json.loads((place / "sealed.json").read_text())
         damaged = [name for name, expected in description["files"].items() if file_hash(place / name) != expected]
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # also text that is no text, and JSON that is none
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # also text or JSON that is none
         raise ValueError(f"{place} is not complete ({type(error).__name__}: {error}); {remedy}") from error
     if damaged:
         raise ValueError(f"{', '.join(damaged)} in {place} is damaged (its hash is not the recorded one); {remedy}")

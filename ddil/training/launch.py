@@ -24,7 +24,7 @@ from ..files import write_text
 __all__ = ['FSDP2', 'DISTRIBUTIONS', 'VARIABLES', 'configuration', 'write_configuration', 'check_distribution', 'rendezvous',
            'check_places', 'launch']
 
-# %% ../../nbs/06_training/09_launch.ipynb #171e8236
+# %% ../../nbs/06_training/09_launch.ipynb #206cebd4
 FSDP2 = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}  # what is gathered at a time: see ddil.training.parallel
 DISTRIBUTIONS: dict[str, dict] = {
     "ddp": {"distributed_type": "MULTI_GPU"},
@@ -37,17 +37,24 @@ VARIABLES: dict[str, dict[str, str]] = {  # what `accelerate launch` would set
     "zero2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
 }
 
+# %% ../../nbs/06_training/09_launch.ipynb #171e8236
+def configuration(distribution: str, processes: int, nodes: int = 1, precision: str = "no",
+                  environment: Mapping[str, str] = os.environ) -> dict:
+    """What `accelerate launch --config_file` takes: `processes` on each of `nodes` machines.
 
-def configuration(distribution: str, processes: int, nodes: int = 1, precision: str = "no", environment: Mapping[str, str] = os.environ) -> dict:
-    """What `accelerate launch --config_file` takes: `processes` on each of `nodes` machines. Of several, this one's place is read from `environment` (see `rendezvous`)."""
+    Of several machines, this one's place is read from `environment` (see `rendezvous`).
+    """
     check_distribution(distribution)
-    place = {"machine_rank": 0} if nodes == 1 else dict(zip(("machine_rank", "main_process_ip", "main_process_port"), rendezvous(environment)))
-    common = {"compute_environment": "LOCAL_MACHINE", "num_processes": processes * nodes, "num_machines": nodes, "mixed_precision": precision, "rdzv_backend": "static", "same_network": True, "use_cpu": False}
+    names = ("machine_rank", "main_process_ip", "main_process_port")
+    place = {"machine_rank": 0} if nodes == 1 else dict(zip(names, rendezvous(environment)))
+    common = {"compute_environment": "LOCAL_MACHINE", "num_processes": processes * nodes, "num_machines": nodes,
+              "mixed_precision": precision, "rdzv_backend": "static", "same_network": True, "use_cpu": False}
     alone = {"distributed_type": "NO"} if processes * nodes == 1 and distribution == "ddp" else {}
     return {**common, **place, **DISTRIBUTIONS[distribution], **alone}
 
 
-def write_configuration(path: str | Path, distribution: str, processes: int, nodes: int = 1, precision: str = "no") -> Path:
+def write_configuration(path: str | Path, distribution: str, processes: int, nodes: int = 1,
+                        precision: str = "no") -> Path:
     """Write the configuration as the yaml file that accelerate reads, and return its path."""
     write_text(path, yaml.safe_dump(configuration(distribution, processes, nodes, precision), sort_keys=False))
     return Path(path)
@@ -60,15 +67,19 @@ def check_distribution(distribution: str) -> None:
 
 # %% ../../nbs/06_training/09_launch.ipynb #07367d2b
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[int, str, int]:
-    """This machine's rank, and the address and port where all meet, from SLURM's variables or torchrun's (MASTER_ADDR and MASTER_PORT, where set, go before).
+    """This machine's rank, and the address and port where all meet, from SLURM's variables or torchrun's.
 
-    Raises RuntimeError if the environment does not say."""
-    rank = next((environment[name] for name in ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID") if name in environment), None)
+    MASTER_ADDR and MASTER_PORT, where set, go before. Raises RuntimeError if the environment does not say.
+    """
+    names = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
+    rank = next((environment[name] for name in names if name in environment), None)
     address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
     job = environment.get("SLURM_JOB_ID", "")
-    port = environment.get("MASTER_PORT") or (str(20000 + zlib.crc32(job.encode()) % 20000) if job else None)  # one port for each job
+    own = str(20000 + zlib.crc32(job.encode()) % 20000) if job else None  # one port for each job
+    port = environment.get("MASTER_PORT") or own
     if rank is None or address is None or port is None:
-        raise RuntimeError("several machines need to know where they meet: start one copy on each (srun --ntasks-per-node=1 …), or set NODE_RANK, MASTER_ADDR and MASTER_PORT")
+        raise RuntimeError("several machines need to know where they meet: start one copy on each "
+                           "(srun --ntasks-per-node=1 …), or set NODE_RANK, MASTER_ADDR and MASTER_PORT")
     return int(rank), address, int(port)
 
 # %% ../../nbs/06_training/09_launch.ipynb #f1c9c2cc
@@ -79,7 +90,8 @@ def check_places(distribution: str, processes: int, nodes: int, device: str) -> 
         raise ValueError(f"there must be at least one process on at least one node, not {processes} on {nodes}")
     cards = 0 if device == "cpu" else torch.cuda.device_count()
     if cards and processes > cards or device == "cuda" and not cards:
-        raise ValueError(f"{processes} processes need as many GPUs, and this machine shows {cards}: ask for fewer, or for device='cpu'")
+        raise ValueError(f"{processes} processes need as many GPUs, and this machine shows {cards}: "
+                         "ask for fewer, or for device='cpu'")
 
 
 def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
@@ -92,20 +104,38 @@ def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
 # %% ../../nbs/06_training/09_launch.ipynb #048519ac
 def _on_every_node(*arguments: Any, nodes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
     """The command by which srun calls `launch` with these arguments once on each node."""
-    cores = [f"--cpus-per-task={environment['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in environment else []  # srun does not take it over by itself
-    return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *cores, sys.executable, "-m", "ddil.training.launch", *map(str, arguments)]
+    cores = environment.get("SLURM_CPUS_PER_TASK")
+    cores = [] if cores is None else [f"--cpus-per-task={cores}"]  # srun does not take it over by itself
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *cores]
+    return [*srun, sys.executable, "-m", "ddil.training.launch", *map(str, arguments)]
+
+# %% ../../nbs/06_training/09_launch.ipynb #cb7263af
+def _end(run: subprocess.Popen, patience: float = 3.0) -> None:
+    """End the launcher and all that it started."""
+    try:
+        family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    run.terminate()  # torch's launcher ends its processes itself, if they let it
+    _, alive = psutil.wait_procs(family, timeout=patience)
+    for process in alive:
+        process.kill()
 
 # %% ../../nbs/06_training/09_launch.ipynb #c1fe0767
-def launch(task: str | Path, module: str, distribution: str = "ddp", processes: int = 1, nodes: int = 1, device: str = "auto") -> None:
+def launch(task: str | Path, module: str, distribution: str = "ddp", processes: int = 1, nodes: int = 1,
+           device: str = "auto") -> None:
     """Run `python -m module task` in `processes` processes on each of `nodes` machines, and show what they say.
 
-    On several machines every one calls this, or, where DDIL_SRUN is set, the first one for all. Interrupted, it takes its processes with it. Raises RuntimeError with the end of the output if they fail,
-    ValueError or RuntimeError before anything is started if they could not run.
+    On several machines every one calls this, or, where DDIL_SRUN is set, the first one for all. Interrupted, it takes
+    its processes with it. Raises RuntimeError with the end of the output if they fail, ValueError or RuntimeError
+    before anything is started if they could not run.
     """
     check_places(distribution, processes, nodes, device)
     alone = nodes > 1 and "DDIL_SRUN" in os.environ
-    command = _on_every_node(task, module, distribution, processes, nodes, device, nodes=nodes) if alone else _command(Path(task), module, processes, nodes)
-    environment = {"OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log", **os.environ, **VARIABLES[distribution], "DDIL_WORLD_SIZE": str(processes * nodes)}
+    everywhere = (task, module, distribution, processes, nodes, device)
+    command = _on_every_node(*everywhere, nodes=nodes) if alone else _command(Path(task), module, processes, nodes)
+    world = {**VARIABLES[distribution], "DDIL_WORLD_SIZE": str(processes * nodes)}
+    environment = {"OMP_NUM_THREADS": "1", "DDIL_PROGRESS": "log", **os.environ, **world}
     ending: deque[str] = deque(maxlen=80)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         try:
@@ -117,18 +147,6 @@ def launch(task: str | Path, module: str, distribution: str = "ddp", processes: 
             raise
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(ending)}")
-
-
-def _end(run: subprocess.Popen, patience: float = 3.0) -> None:
-    """End the launcher and all that it started."""
-    try:
-        family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    run.terminate()  # torch's launcher ends its processes itself, if they let it
-    _, alive = psutil.wait_procs(family, timeout=patience)
-    for process in alive:
-        process.kill()
 
 # %% ../../nbs/06_training/09_launch.ipynb #f924f305
 if __name__ == "__main__" and "__file__" in globals():  # started by srun, on each node; a notebook has no file

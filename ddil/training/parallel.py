@@ -24,8 +24,8 @@ from ..rollins.states import RollIn
 
 # %% auto #0
 __all__ = ['trained', 'kept', 'local', 'as_part', 'fill', 'fill_all', 'optimizer_tensors', 'load_optimizer', 'form_of', 'filled',
-           'Replicated', 'networks_of', 'units_of', 'shard', 'Sharded', 'step_shares', 'ZeRO2', 'asked_for',
-           'distribution_of', 'make_accelerator']
+           'Replicated', 'networks_of', 'units_of', 'shard', 'SharedOut', 'shares_network', 'Sharded', 'step_shares',
+           'ZeRO2', 'asked_for', 'distribution_of', 'make_accelerator']
 
 # %% ../../nbs/06_training/08_parallel.ipynb #a21bc242
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -191,33 +191,21 @@ def shard(module: nn.Module, **options) -> None:
         unit.unshard()
         unit.reshard()
 
-# %% ../../nbs/06_training/08_parallel.ipynb #42202549
-class Sharded(Replicated):
-    """Each process holds its share of every parameter, gradient and moment (FSDP2)."""
+# %% ../../nbs/06_training/08_parallel.ipynb #07d15127
+class SharedOut(Replicated):
+    """Networks are shared out over a mesh of all processes when they are placed."""
 
-    name, whole = "fsdp2", False  # whether parameters stay whole during an update
+    whole = False  # whether parameters stay whole during an update
 
     def __init__(self, accelerator: Accelerator, clip: float = 1.0):
         super().__init__(accelerator, clip)
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-        self.policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
+        reduce = half and torch.float32
+        self.policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduce, cast_forward_inputs=False)
 
-    def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
-        ddp = "or the distribution 'ddp'"
-        if self.accelerator.mixed_precision == "fp16":
-            raise ValueError(f"{self.name} trains in precision 'no' or 'bf16' here, not 'fp16': choose bf16, {ddp}")
-        if optimizer == "adamw8bit":
-            raise ValueError(f"the optimiser 'adamw8bit' does not know sharded parameters: choose 'adamw', {ddp}")
-        shared = [name for name, network in networks.items() if any(getattr(part, "shares_network", False) for part in network.modules())]
-        if shared:
-            raise ValueError(f"{self.name} shares out whole networks, and {', '.join(shared)} consists of adapters on a frozen "
-                             "one that others use, too: choose the distribution 'ddp'")
-        if rollin.asks_apart and not self.whole:
-            raise ValueError("under FSDP2 all processes must call the networks together, and with mixing='sample' each calls them "
-                             f"for the rows that it drew: choose mixing='batch', {ddp}")
-
-    def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+              ) -> tuple[nn.Module, torch.optim.Optimizer]:
         self.place_follower(network)
         return network, make([nn.Parameter(local(p)) for p in trained(network)])
 
@@ -229,6 +217,31 @@ class Sharded(Replicated):
         shard(network, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=not self.whole)
         for unit in units_of(network):
             unit.set_reshard_after_backward(not self.whole)
+
+# %% ../../nbs/06_training/08_parallel.ipynb #42202549
+def shares_network(module: nn.Module) -> bool:
+    """Whether a part of it says that its network belongs to others, too, as adapters do."""
+    return any(getattr(part, "shares_network", False) for part in module.modules())
+
+
+class Sharded(SharedOut):
+    """Each process holds its share of every parameter, gradient and moment (FSDP2)."""
+
+    name = "fsdp2"
+
+    def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
+        ddp = "or the distribution 'ddp'"
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(f"{self.name} trains in precision 'no' or 'bf16' here, not 'fp16': choose bf16, {ddp}")
+        if optimizer == "adamw8bit":
+            raise ValueError(f"the optimiser 'adamw8bit' does not know sharded parameters: choose 'adamw', {ddp}")
+        shared = [name for name, network in networks.items() if shares_network(network)]
+        if shared:
+            raise ValueError(f"{self.name} shares out whole networks, and {', '.join(shared)} consists of adapters "
+                             "on a frozen one that others use, too: choose the distribution 'ddp'")
+        if rollin.asks_apart and not self.whole:
+            raise ValueError("under FSDP2 all processes must call the networks together, and with mixing='sample' "
+                             f"each calls them for the rows that it drew: choose mixing='batch', {ddp}")
 
     def part(self, network: nn.Module, last: bool) -> AbstractContextManager:
         return nullcontext()  # every part's gradient is shared out at once: whole ones would not fit

@@ -27,12 +27,16 @@ from .parallel import optimizer_tensors, Replicated, trained
 from .settings import checkpoint_gradients, make_optimizer, Settings
 
 # %% auto #0
-__all__ = ['accumulate', 'Learners', 'weights_of', 'moments_of', 'restore', 'Trainer', 'checkpoints_of', 'remember', 'resume']
+__all__ = ['accumulate', 'Learners', 'weights_of', 'moments_of', 'restore', 'Training', 'checkpoints_of', 'remember', 'resume',
+           'Recorded', 'Trainer']
 
 # %% ../../nbs/06_training/07_trainer.ipynb #15d828b2
-def accumulate(loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]], states: States, parts: int, network: nn.Module,
-               distribution: Replicated) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss of `states`, taken in so many parts, to `network`. Returns the loss and what it logs."""
+def accumulate(loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]], states: States, parts: int,
+               network: nn.Module, distribution: Replicated) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss of `states`, taken in so many parts, to `network`.
+
+    Returns the loss and what it logs.
+    """
     size = -(-len(states) // parts)
     sums: dict[str, Tensor] = {}
     for start in range(0, len(states), size):
@@ -48,7 +52,7 @@ def accumulate(loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]], state
 
 # %% ../../nbs/06_training/07_trainer.ipynb #33fc851e
 class Learners:
-    """The networks that learn, each with an optimiser, placed on the devices; and what follows the student, its `average` among it."""
+    """The networks that learn, each with an optimiser, on their devices; and what follows the student."""
 
     def __init__(self, student: Denoiser, method: Method, settings: Settings, distribution: Replicated):
         self.student, self.settings, self.distribution = student, settings, distribution
@@ -80,7 +84,8 @@ class Learners:
         network, optimizer = self.prepared[turn.network], self.optimizers[turn.network]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logs = accumulate(lambda part: turn.loss(self.prepared, part), states, self.settings.accumulate, network, self.distribution)
+        loss, parts = lambda part: turn.loss(self.prepared, part), self.settings.accumulate
+        logs = accumulate(loss, states, parts, network, self.distribution)
         logs["gradient norm"] = self.distribution.take_step(network, optimizer, self.parameters[turn.network])
         for parameter in chain(*self.parameters.values()):
             parameter.grad = None
@@ -95,7 +100,8 @@ class Learners:
 def weights_of(learners: Learners) -> dict[str, dict[str, Tensor]]:
     """All weights that training moves, by file, in memory shared with the networks."""
     weights = {f"network-{name}": kept(network) for name, network in learners.networks.items()}
-    weights |= {f"follower-{name}": kept(follower.network, learners.student) for name, follower in learners.followers.items()}
+    for name, follower in learners.followers.items():
+        weights[f"follower-{name}"] = kept(follower.network, learners.student)
     return weights if learners.average is None else weights | {"average": learners.average.tensors}
 
 
@@ -112,21 +118,16 @@ def restore(learners: Learners, checkpoint: Checkpoint) -> None:
     for name, optimizer in learners.optimizers.items():
         load_optimizer(optimizer, learners.parameters[name], checkpoint.shared(f"optimizer-{name}"))
 
-# %% ../../nbs/06_training/07_trainer.ipynb #37707647
-class Trainer:
-    """Trains `student` by `method` on the states of `rollin`.
-
-    With a `folder` the run logs to folder/log.jsonl, writes checkpoints and resumes from the latest one. Over several
-    processes each has its share of every batch, and holds of the networks what the distribution says (ddil.training.parallel).
-    `watch` measures the student now and then, and keeps the best. `progress` wraps the range of updates (for example in tqdm).
-    `identity`: plain values that decide the run beside settings, method and shapes (teacher, data, …); a checkpoint of
-    another identity is refused.
-    """
+# %% ../../nbs/06_training/07_trainer.ipynb #2d3a1d53
+class Training:
+    """What a training consists of, placed on the devices, and where it stands: after update `step`."""
 
     def __init__(self, student: Denoiser, method: Method, rollin: RollIn, settings: Settings = Settings(),
                  folder: str | Path | None = None, accelerator: Accelerator | None = None,
-                 progress: Callable[[Iterable], Iterable] = iter, identity: dict | None = None, watch: Watch | None = None):
-        self.student, self.method, self.rollin, self.settings, self.progress, self.watch = student, method, rollin, settings, progress, watch
+                 progress: Callable[[Iterable], Iterable] = iter, identity: dict | None = None,
+                 watch: Watch | None = None):
+        self.student, self.method, self.rollin = student, method, rollin
+        self.settings, self.progress, self.watch = settings, progress, watch
         self.accelerator = accelerator or make_accelerator("cpu" if student.device.type == "cpu" else "auto")
         self.folder, self.identity = None if folder is None else Path(folder), identity or {}
         self.distribution = distribution_of(self.accelerator, settings.clip)
@@ -143,81 +144,19 @@ class Trainer:
         if watch is not None:
             watch.begin(self.folder, self.step)
 
-    def fit(self) -> Trainer:
-        """Train up to settings.updates. Raises NonFiniteLoss if training diverges (the last good checkpoint stays)."""
-        with alone(self.folder if self.accelerator.is_main_process else None):
-            for name in self.learners.networks:
-                self.learners.prepared[name].train()
-            clock, before = time.perf_counter(), self.seconds
-            for step in self.progress(range(self.step, self.settings.updates)):
-                self.update(step)
-                self.step, self.seconds = step + 1, before + time.perf_counter() - clock
-                self._keep()
-        return self
-
-    def update(self, step: int) -> None:
-        """One update: states from the roll-in, and for each of the method's turns a loss and an optimiser step."""
-        torch.manual_seed(int(generator(self.settings.seed, "update", step, self.accelerator.process_index).integers(1 << 63)))
-        self.learners.gather()
-        with self.accelerator.autocast():
-            states = self.rollin.sample(self.settings.batch, step)
-        logs: dict[str, Tensor] = {}
-        for turn in self.method.turns(step):
-            rate = self.settings.rate(step) * self.method.rates.get(turn.network, 1.0)
-            logs |= self.learners.take(turn, states, rate)
-        self.learners.follow(step)
-        self.journal.note(step + 1, logs)
-
-    def _keep(self) -> None:
-        """After an update: a line of the log, a look, a checkpoint, each if it is time."""
-        last, every = self.step == self.settings.updates, self.settings.checkpoint_every
-        look = self.watch is not None and self.watch.due(self.step, last)
-        save = self.folder is not None and every and (last or self.step % every == 0)
-        if save or last or look or self.step % self.settings.log_every == 0:
-            self._write(look)
-        if save:
-            remember(self)
-
-    def _write(self, look: bool) -> None:
-        """A line of the log, once the numbers are known to be good; with the figures of the student if it is time to `look`."""
-        numbers = self.journal.read()
-        self.guard.check(numbers, self.history)
-        figures = self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {}
-        counts = {f"{name} evaluations": count for name, count in self.evaluations.items()}
-        self.journal.write({"update": self.step, **means(numbers), "learning rate": self.settings.rate(self.step - 1),
-                            "seconds": self.seconds, **counts, **self.rollin.log(), **figures})
-
     @property
     def history(self) -> list[dict[str, float]]:
         """The lines of the log so far."""
         return self.journal.lines
 
-    @property
-    def evaluations(self) -> dict[str, int]:
-        """Network evaluations so far (in samples, over all processes, which must all ask) of the student, of the method's
-        other denoisers, and of those that it asks or that follow."""
-        return self.counts.total(self.accelerator)
-
-    def finished(self) -> Denoiser:
-        """A copy of the student, whole on every process (all must ask), in evaluation mode, with the averaged weights if an
-        average is kept (raw weights: trainer.student)."""
-        average = self.learners.average
-        tensors = self.student.state_dict() | ({} if average is None else average.tensors)
-        whole = {name: self.distribution.gathered(value) for name, value in tensors.items()}
-        return filled(self.learners.form, whole, self.student.device)
-
-    def best(self) -> Denoiser:
-        """The student that was best by the watch, in evaluation mode."""
-        return filled(self.learners.form, self.watch.weights(), self.student.device)
-
-# %% ../../nbs/06_training/07_trainer.ipynb #5db839e2
-def checkpoints_of(run: Trainer) -> Checkpoints:
+# %% ../../nbs/06_training/07_trainer.ipynb #eca817e5
+def checkpoints_of(run: Training) -> Checkpoints:
     """Where a run keeps its checkpoints."""
     print_of = fingerprint(run.learners.networks, run.method, run.rollin, run.settings, run.distribution, run.identity)
     return Checkpoints(run.folder, print_of, run.distribution)
 
 
-def remember(run: Trainer) -> None:
+def remember(run: Training) -> None:
     """Write a checkpoint of a run."""
     shared, scaler = {**weights_of(run.learners), **moments_of(run.learners)}, run.accelerator.scaler
     memory = run.method.state_dict()
@@ -226,7 +165,7 @@ def remember(run: Trainer) -> None:
     checkpoints_of(run).save(run.step, shared, own, notes)
 
 
-def resume(run: Trainer) -> None:
+def resume(run: Training) -> None:
     """Let a run go on from the latest checkpoint in its folder, if there is one, and cut its log back to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoints_of(run).open()
@@ -243,3 +182,83 @@ def resume(run: Trainer) -> None:
         run.step, run.seconds = checkpoint.description["update"], checkpoint.description["seconds"]
     run.accelerator.wait_for_everyone()
     run.journal.begin(run.step)
+
+# %% ../../nbs/06_training/07_trainer.ipynb #35d1e35e
+class Recorded(Training):
+    """A training that writes down how far it is, and gives away the student that it has."""
+
+    def finished(self) -> Denoiser:
+        """A copy of the student in evaluation mode, whole on every process (all must ask), with the averaged weights
+        if an average is kept (raw weights: trainer.student)."""
+        average = self.learners.average
+        tensors = self.student.state_dict() | ({} if average is None else average.tensors)
+        whole = {name: self.distribution.gathered(value) for name, value in tensors.items()}
+        return filled(self.learners.form, whole, self.student.device)
+
+    def best(self) -> Denoiser:
+        """The student that was best by the watch, in evaluation mode."""
+        return filled(self.learners.form, self.watch.weights(), self.student.device)
+
+    def _keep(self) -> None:
+        """After an update: a line of the log, a look, a checkpoint, each if it is time."""
+        last, every = self.step == self.settings.updates, self.settings.checkpoint_every
+        look = self.watch is not None and self.watch.due(self.step, last)
+        save = self.folder is not None and every and (last or self.step % every == 0)
+        if save or last or look or self.step % self.settings.log_every == 0:
+            self._write(look)
+        if save:
+            remember(self)
+
+    def _write(self, look: bool) -> None:
+        """A line of the log, once the numbers are known to be good; with the student's figures if it is to `look`."""
+        numbers = self.journal.read()
+        self.guard.check(numbers, self.history)
+        figures = self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {}
+        counts = {f"{name} evaluations": count for name, count in self.counts.total(self.accelerator).items()}
+        self.journal.write({"update": self.step, **means(numbers), "learning rate": self.settings.rate(self.step - 1),
+                            "seconds": self.seconds, **counts, **self.rollin.log(), **figures})
+
+# %% ../../nbs/06_training/07_trainer.ipynb #37707647
+class Trainer(Recorded):
+    """Trains `student` by `method` on the states of `rollin`.
+
+    With a `folder` the run logs to folder/log.jsonl, writes checkpoints and resumes from the latest one. Over several
+    processes each has its share of every batch, and holds of the networks what the distribution says
+    (ddil.training.parallel). `watch` measures the student now and then, and keeps the best. `progress` wraps the range
+    of updates (for example in tqdm). `identity`: plain values that decide the run beside settings, method and shapes
+    (teacher, data, …); a checkpoint of another identity is refused.
+    """
+
+    def fit(self) -> Trainer:
+        """Train up to settings.updates. Raises NonFiniteLoss if training diverges (the last good checkpoint stays)."""
+        with alone(self.folder if self.accelerator.is_main_process else None):
+            for name in self.learners.networks:
+                self.learners.prepared[name].train()
+            clock, before = time.perf_counter(), self.seconds
+            for step in self.progress(range(self.step, self.settings.updates)):
+                self.update(step)
+                self.step, self.seconds = step + 1, before + time.perf_counter() - clock
+                self._keep()
+        return self
+
+    def update(self, step: int) -> None:
+        """One update: states from the roll-in, and for each of the method's turns a loss and an optimiser step."""
+        numbers = generator(self.settings.seed, "update", step, self.accelerator.process_index)
+        torch.manual_seed(int(numbers.integers(1 << 63)))
+        self.learners.gather()
+        with self.accelerator.autocast():
+            states = self.rollin.sample(self.settings.batch, step)
+        logs: dict[str, Tensor] = {}
+        for turn in self.method.turns(step):
+            rate = self.settings.rate(step) * self.method.rates.get(turn.network, 1.0)
+            logs |= self.learners.take(turn, states, rate)
+        self.learners.follow(step)
+        self.journal.note(step + 1, logs)
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """Samples on which networks were evaluated so far, over all processes, which must all ask.
+
+        By name: the student, the method's other denoisers, and those that it asks or that follow.
+        """
+        return self.counts.total(self.accelerator)
