@@ -762,6 +762,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                   'ddil.distil.menu.matched': ('09_distil/menu.html#matched', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.menu_text': ('09_distil/menu.html#menu_text', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.method_by_name': ('09_distil/menu.html#method_by_name', 'ddil/distil/menu.py'),
+                                  'ddil.distil.menu.noised_data': ('09_distil/menu.html#noised_data', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.noised_pairs': ('09_distil/menu.html#noised_pairs', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.on_flow_grid': ('09_distil/menu.html#on_flow_grid', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.own_walk': ('09_distil/menu.html#own_walk', 'ddil/distil/menu.py'),

@@ -40,12 +40,13 @@ from ..solvers import solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'Weighting', 'Distance', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'ADAM', 'Stage',
-           'ddil_states', 'simulated_states', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry', 'enter',
-           'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs', 'at_scale',
-           'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed', 'FollowedL2',
-           'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
-           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
+__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'Weighting', 'Distance', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'STEADY',
+           'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
+           'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
+           'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed',
+           'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training',
+           'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
+           'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -106,6 +107,11 @@ def simulated_states(stage: Stage) -> RollIn:
         return ddil_states(stage, label=False)
     return Rollout(stage.student, stage.teacher, stage.shape, stage.data, 1.0, label=False, solver=solver_by_name(stage.solver),
                    source=stage.source, visit="one")
+
+
+def noised_data(stage: Stage) -> RollIn:
+    """DDIL's mixture without labels, or noised data at the student's nodes."""
+    return ddil_states(stage, label=False)
 
 
 def noised_pairs(stage: Stage) -> RollIn:
@@ -507,7 +513,7 @@ class Regressed(Matched):
 
 
 SIMULATED = "student and back, and the teacher's score and the fake one"
-ADAM = {"betas": (0.0, 0.99), "decay": "constant", "clip": 10.0}
+STEADY = {"decay": "constant", "clip": 10.0}  # a constant rate, and gradients clipped late
 
 # %% ../../nbs/09_distil/01_menu.ipynb #3355abad
 def matched(fake: Callable[[Stage], Delta]) -> Callable[[Stage], Method]:
@@ -533,22 +539,22 @@ def critic(stage: Stage) -> Critic:
 enter(Entry(
     "sds", "Score distillation: one's own score is that of the sample itself", ("Poole et al. 2022",), simulated_states,
     matched(lambda stage: Delta()), "student and back, and the teacher's score", aliases=("score-distillation",),
-    solver="consistency", options=Matched, settings=ADAM, starts_at_data=False))
+    solver="consistency", options=Matched, settings=STEADY, starts_at_data=False))
 
 enter(Entry(
     "unbiased-score", "One's own score, from remembered samples", ("Schlichting et al. 2024",), simulated_states,
     matched(lambda stage: Samples(stage.student.schedule, stage.options.memory)), "student and back, and the teacher's score",
-    solver="consistency", options=Remembered, settings=ADAM, needs=frozenset({"labels"}), starts_at_data=False))
+    solver="consistency", options=Remembered, settings=STEADY, needs=frozenset({"labels"}), starts_at_data=False))
 
 enter(Entry(
     "dmd", "Scores matched by a critic, and regression on pairs", ("Yin et al. 2023",), noised_pairs, matched(critic),
     f"{SIMULATED}; the critic and back (pairs are made first)", solver="consistency", steps="one", options=Regressed,
-    settings=ADAM, needs=frozenset({"pairs"}), networks=("fake",), ddil=NO_WALK, starts_at_data=False))
+    settings=STEADY, needs=frozenset({"pairs"}), networks=("fake",), ddil=NO_WALK, starts_at_data=False))
 
 enter(Entry(
     "dmd2", "Scores matched by a critic that is updated more often and judges", ("Yin et al. 2024",), simulated_states,
     matched(critic), f"{SIMULATED}, once in `ratio` updates; the critic and back, each time", solver="consistency",
-    options=Criticised, settings=ADAM, needs=frozenset({"pictures"}), networks=("fake",), starts_at_data=False))
+    options=Criticised, settings=STEADY, needs=frozenset({"pictures"}), networks=("fake",), starts_at_data=False))
 
 # %% ../../nbs/09_distil/01_menu.ipynb #4563073c
 class Adversarial(Form):
@@ -568,9 +574,9 @@ def adversarial(stage: Stage) -> Method:
 
 
 enter(Entry(
-    "add", "A judge on frozen features, and one step of the teacher", ("Sauer et al. 2023",), simulated_states, adversarial,
+    "add", "A judge on frozen features, and one step of the teacher", ("Sauer et al. 2023",), noised_data, adversarial,
     "student and back, one step of the teacher, and the judge's features, three times", solver="consistency",
-    options=Adversarial, settings=ADAM, needs=frozenset({"pictures", "features"}), networks=("discriminator",), starts_at_data=False))
+    options=Adversarial, settings=STEADY, needs=frozenset({"pictures", "features"}), networks=("discriminator",)))
 
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
 def menu_text() -> str:
