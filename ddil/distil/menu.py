@@ -40,6 +40,7 @@ from ..solvers import solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
+<<<<<<< HEAD
 __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'Weighting', 'Distance', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'STEADY',
            'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
            'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
@@ -47,6 +48,14 @@ __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'Weighting', 'Distance', 'NO_WALK', 'TO
            'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training',
            'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
            'menu_text']
+=======
+__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'ADAM',
+           'Stage', 'ddil_states', 'simulated_states', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry', 'enter',
+           'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs', 'at_scale',
+           'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed', 'FollowedL2',
+           'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
+           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
+>>>>>>> 2607f4c (CTM can be rehearsed without numbers; names of weightings and distances have names of their own)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -244,8 +253,8 @@ def default_stages(entry: Entry, first: int, last: int) -> tuple[int, ...]:
 
 # %% ../../nbs/09_distil/01_menu.ipynb #1deda6ad
 WEIGHTING = "truncated_snr"
-Weighting = Literal[tuple(WEIGHTINGS)]  # type: ignore
-Distance = Literal[tuple(DISTANCES)]  # type: ignore
+WeightingName = Literal[tuple(WEIGHTINGS)]  # type: ignore
+DistanceName = Literal[tuple(DISTANCES)]  # type: ignore
 
 
 class Scaled(Form):
@@ -262,7 +271,7 @@ class Scaled(Form):
 class Weighted(Scaled):
     """Options of methods that weigh the error of the clean estimate by the time."""
 
-    weighting: Weighting = Field(WEIGHTING, description="weight of the squared error by time")
+    weighting: WeightingName = Field(WEIGHTING, description="weight of the squared error by time")
 
 
 def scaled_inputs(options: Form) -> tuple[str, ...]:
@@ -297,7 +306,7 @@ class Paired(Form):
 class Naive(Paired):
     """Options of naive distillation."""
 
-    distance: Distance = Field("huber", description="between the student's arrival and the teacher's")
+    distance: DistanceName = Field("huber", description="between the student's arrival and the teacher's")
 
 
 NO_WALK = "its student only sees pure noise, where every walk begins"
@@ -340,7 +349,7 @@ enter(Entry(
 class Walked(Form):
     """Options of SFD."""
 
-    distance: Distance = Field("l1", description="between the student's arrival and the teacher's")
+    distance: DistanceName = Field("l1", description="between the student's arrival and the teacher's")
     labeller: Literal["trajectory", "teacher"] = Field("trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states")
     driver: Literal["student", "teacher"] = Field("student", description="who makes the steps")
     lengths: tuple[int, ...] = Field((), description="numbers of steps of one student for all of them (SFD-v); none: the student's alone")
@@ -374,14 +383,19 @@ enter(Entry(
 class Followed(Scaled):
     """Options of consistency methods."""
 
+<<<<<<< HEAD
     distance: Distance = Field("huber", description="between the two arrivals")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+=======
+    distance: DistanceName = Field("huber", description="between the two arrivals")
+    decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+>>>>>>> 2607f4c (CTM can be rehearsed without numbers; names of weightings and distances have names of their own)
 
 
 class FollowedL2(Followed):
     """Options of consistency distillation, which compares by squares."""
 
-    distance: Distance = Field("l2", description="between the two arrivals")
+    distance: DistanceName = Field("l2", description="between the two arrivals")
 
 
 TO_THE_END = Edges([1.0, 0.0])
@@ -420,8 +434,13 @@ enter(Entry(
 class Trajectory(Form):
     """Options of CTM."""
 
+<<<<<<< HEAD
     distance: Distance = Field("huber", description="between the two arrivals")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+=======
+    distance: DistanceName = Field("huber", description="between the two arrivals")
+    decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
+>>>>>>> 2607f4c (CTM can be rehearsed without numbers; names of weightings and distances have names of their own)
     longest: int = Field(4, ge=1, description="the teacher looks 1 to this many of its steps ahead")
     denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
 
@@ -441,7 +460,7 @@ enter(Entry(
 class Cycled(Form):
     """Options of there and back."""
 
-    distance: Distance = Field("huber", description="between arrivals")
+    distance: DistanceName = Field("huber", description="between arrivals")
     weight: float = Field(1.5, ge=0, description="of the cycles: away by one network, and back by the other")
     last: float = Field(0.2, gt=0, lt=1, description="where the grid ends, in steps of the teacher above 0")
 
@@ -463,8 +482,13 @@ enter(Entry(
 class Trained(Form):
     """Options of consistency training."""
 
+<<<<<<< HEAD
     distance: Distance = Field("norm_huber", description="between the two arrivals")
     target_decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
+=======
+    distance: DistanceName = Field("norm_huber", description="between the two arrivals")
+    decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
+>>>>>>> 2607f4c (CTM can be rehearsed without numbers; names of weightings and distances have names of their own)
 
 
 def training(stage: Stage) -> Method:
