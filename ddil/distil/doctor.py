@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..datasets.captions import CaptionedImages
+from ..datasets.captions import CaptionedImages, Item
 from ..datasets.digits import asset
-from ..diffusion.denoiser import Cond, Denoiser, map_cond
+from ..diffusion.denoiser import Cond, Denoiser, map_cond, split_inputs
 from ..diffusion.schedule import DiscreteVP
 from ..diffusion.wrappers import Guided, innermost
 from .budget import cost_of
@@ -92,10 +92,10 @@ class Shapes:
 
 
 class _NoData:
-    """Stands for data that a rehearsal never reads: zeros of the right shapes."""
+    """Stands for data that a rehearsal never reads: zeros of the right shapes; or captions alone."""
 
-    def __init__(self, shapes: Shapes):
-        self.shapes = shapes
+    def __init__(self, shapes: Shapes, pictures: bool = True):
+        self.shapes, self.pictures = shapes, pictures
 
     def __len__(self) -> int:
         return 1
@@ -104,6 +104,8 @@ class _NoData:
         return self.shapes.row(len(rows))
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Cond]:
+        if not self.pictures:
+            raise ValueError("there are captions alone")
         return torch.zeros(len(rows), *self.shapes.sample), self.conditions(rows)
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #7e20a428
@@ -174,7 +176,7 @@ def rehearse(plan: Plan, problem: Problem, mode: contextlib.AbstractContextManag
         with live:
             loss_and_gradients(plan, ready, states, followers)
         with counter, torch.no_grad():
-            ready.stage.unguided(one.z, one.t, one.cond)
+            ready.stage.unguided(one.z, one.t, split_inputs(one.cond)[0])
     return Rehearsal(ready, live.peak, float(counter.get_total_flops()))
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #eeffd01b
@@ -324,9 +326,14 @@ def _weights(options: ModelOptions, family: Family) -> str:
     return ", ".join(lines)
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #d08bf960
+def _first(items: CaptionedImages) -> Item:
+    """The first item."""
+    return next(iter(replace(items, limit=1) if items.limit is None else items))
+
+
 def _data(options: ModelOptions, pictures: bool) -> tuple[str, CaptionedImages]:
     items = items_of(options, pictures)
-    first = next(iter(replace(items, limit=1) if items.limit is None else items))
+    first = _first(items)
     return f"{items.count if items.count is not None else 'unknown many'} entries, the first is {first.caption[:40]!r}", items
 
 
@@ -370,8 +377,9 @@ def examine(plan: Plan, flops: float | None = None) -> Report:
         _examine_model(plan, report, flops)
     elif report.check("problem", lambda: f"{plan.problem}, {kind_by_name(plan.problem).about}"):
         problem = make_problem(plan, make_accelerator("cpu"))
-        if report.check("method", lambda: check(problem, plan) or _method(plan)):
-            _estimate(plan, report, problem, rehearse(plan, problem), None, flops)
+        rehearsal = _rehearsed(plan, report, problem)
+        if rehearsal is not None:
+            _estimate(plan, report, problem, rehearsal, None, flops)
     return report
 
 
@@ -395,9 +403,23 @@ def _examine_model(plan: Plan, report: Report, flops: float | None) -> None:
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode)
-    if report.check("method", lambda: check(problem, plan) or _method(plan)):
-        items = seen["data"][1] if "data" in seen else None
-        _estimate(plan, report, problem, rehearse(plan, problem, mode), items, flops)
+    items = seen["data"][1] if "data" in seen else None
+    problem.data.pictures = items is None or _first(items).image is not None
+    rehearsal = _rehearsed(plan, report, problem, mode)
+    if rehearsal is not None:
+        _estimate(plan, report, problem, rehearsal, items, flops)
+
+
+def _rehearsed(plan: Plan, report: Report, problem: Problem, mode: FakeTensorMode | None = None) -> Rehearsal | None:
+    """A rehearsal, if the plan can be carried out on the problem."""
+    rehearsals: list[Rehearsal] = []
+
+    def look() -> str:
+        check(problem, plan)
+        rehearsals.append(rehearse(plan, problem, mode))
+        return _method(plan)
+
+    return rehearsals[0] if report.check("method", look) else None
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #b1e448d5
 def _estimate(plan: Plan, report: Report, problem: Problem, rehearsal: Rehearsal, items: CaptionedImages | None, flops: float | None) -> None:

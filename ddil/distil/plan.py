@@ -19,7 +19,7 @@ from ..diffusion.noise import generator
 from ..diffusion.wrappers import Reflected, Threshold
 from .menu import MENU, Entry, check_steps, default_stages, method_by_name
 from .problem import KINDS_OF_PROBLEM, Kind, kind_by_name
-from ..forms import Count, Form, Natural, Positive, Probability, UnusableValues, rule
+from ..forms import Count, Form, Natural, Positive, Probability, UnusableValues, rule, understand
 from ..rollins.ddil import DDIL
 from ..solvers import ODE_SOLVERS
 from ..training.settings import Settings
@@ -85,7 +85,9 @@ def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str
     kind = kind_by_name(name) if name else None
     values |= {"method": entry.name, "problem": kind.name if kind else ""}
     for key, form in (("method_options", entry.options), ("problem_options", kind.form if kind else Form)):
-        own = {name: values.pop(name) for name in form.model_fields if name in values and name not in Plan.model_fields}
+        if both := [name for name in form.model_fields if name in Plan.model_fields]:
+            raise ValueError(f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them")
+        own = {name: values.pop(name) for name in form.model_fields if name in values}
         values[key] = _understood(form, {**(values.get(key) or {}), **own})
     return entry, kind, values
 
@@ -110,7 +112,7 @@ def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
 
 def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
     """Some twenty lines of the log for a short stage, and at most fifty updates between two."""
-    updates = values.get("updates", 1000)
+    updates = understand(values.get("updates", 1000), int)
     return {"log_every": max(1, min(50, updates // 20))} if isinstance(updates, int) and updates > 0 else {}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d13945ee

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ from ..training.trainer import Trainer
 from ..words import progress
 
 # %% auto #0
-__all__ = ['entry_of', 'lacking', 'check', 'Ready', 'begin_as', 'stage_of', 'identity_of', 'watch_of', 'distil', 'train_stage',
-           'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
+__all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'Ready', 'begin_as', 'stage_of', 'identity_of', 'watch_of', 'distil',
+           'train_stage', 'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
 
 # %% ../../nbs/09_distil/04_stages.ipynb #23c3409a
 def entry_of(plan: Plan, index: int) -> Entry:
@@ -76,9 +76,22 @@ def lacking(entry: Entry, problem: Problem, plan: Plan) -> list[str]:
         reasons.append("adapters = 'lora': they sit on the U-Net of a text-to-image model, and this problem has none: choose 'full'")
     if plan.options.model_dump().get("scales") and not isinstance(problem.teacher, Guided):
         reasons.append("scales: the teacher is not guided, so there are no guidance scales to choose among")
-    if plan.ddil and not has_pictures(problem) and plan.collected != (1.0, 1.0):
-        reasons.append("collected: noised data need clean samples, and the data are captions alone: collect all states, 1,1")
-    return reasons
+    return reasons if has_pictures(problem) else [*reasons, *_without_pictures(entry, plan)]
+
+
+def _without_pictures(entry: Entry, plan: Plan) -> Iterator[str]:
+    """Why captions alone will not do, beside the method's needs."""
+    if states_of_data(entry, plan):
+        yield "collected: noised data need clean samples, and the data are captions alone: collect all states, 1,1"
+    if plan.watch_every:
+        yield "watch_every: compares samples with clean ones, and the data are captions alone: set it to 0"
+
+
+def states_of_data(entry: Entry, plan: Plan) -> bool:
+    """Whether some states are clean samples that were noised."""
+    if "pairs" in entry.needs:  # these take the place of data
+        return False
+    return entry.starts_at_data if entry.ddil or not plan.ddil else plan.collected != (1.0, 1.0)
 
 
 def check(problem: Problem, plan: Plan) -> None:
@@ -251,13 +264,21 @@ def train_stage(problem: Problem, plan: Plan, index: int, before: Denoiser | Non
     sampler = sampler_of(problem, plan, ready, trainer, text)
     if accelerator.is_main_process:
         if plan.adapters == "lora" and index == 0 and (plan.reflection == "off" or plan.bound == 1):  # diffusers knows no other bound
-            export_adapters(sampler, problem.model, place / "lora")
+            _leave_adapters(sampler, problem, place / "lora")
         sampler.save(place / "student")
         if trainer.watch is not None:
             best = ready.entry.finished(trainer.best(), steps[1], problem.guidance_scale)
             replace(sampler, denoiser=best, provenance={**sampler.provenance, "best update": trainer.watch.update}).save(place / "best")
     accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
+
+
+def _leave_adapters(sampler: Sampler, problem: Problem, folder: Path) -> None:
+    """Write the student's adapters as a LoRA file, or say why plain diffusers could not sample it."""
+    try:
+        export_adapters(sampler, problem.model, folder)
+    except ValueError as error:
+        print(f"no LoRA file is written: {error}")
 
 
 def make_ready(plan: Plan, ready: Ready) -> None:
@@ -302,8 +323,7 @@ def needs_pictures(plan: Plan) -> bool:
     """Whether clean samples are looked at: by a judge, by the watch, or where states begin at data."""
     entries = [plan.entry] + ([MENU[plan.entry.then]] if plan.entry.then else [])
     judged = any("pictures" in entry.needs for entry in entries) or bool(plan.watch_every)
-    noised = plan.entry.starts_at_data if plan.ddil is None else plan.collected != (1.0, 1.0)
-    return judged or noised
+    return judged or any(states_of_data(entry, plan) for entry in entries)
 
 # %% ../../nbs/09_distil/04_stages.ipynb #03446239
 def carry_out(plan: Plan, problem: Problem | None = None) -> dict[int, Sampler]:

@@ -93,6 +93,8 @@ def export_pipeline(sampler: Sampler, base: TextToImage, folder: str | Path) -> 
     """
     family, folder, scheduler = base.family, Path(folder), base.family.scheduler(sampler)
     base.need("vae", "text_encoders")
+    if inputs := innermost(sampler.denoiser).inputs:
+        raise ValueError(f"diffusers' networks do not take this student's further inputs, {', '.join(inputs)}")
     parts = {family.network[0]: innermost(sampler.denoiser).whole(), family.vae[0]: base.vae, "scheduler": scheduler}
     parts |= dict(zip(family.tokenizers, base.tokenizers)) | dict(zip(family.text_encoders, base.text_encoders))
     aside = unfinished(folder)

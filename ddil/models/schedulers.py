@@ -200,7 +200,11 @@ def scheduler_for(sampler: Sampler) -> SchedulerMixin:
 def _check_nodes(scheduler: SchedulerMixin, sampler: Sampler, knots: int) -> None:
     """Raise ValueError unless the scheduler visits the nodes of the sampler's grid."""
     theirs, ours = scheduler.timesteps.double() + 1, sampler.grid[:-1] * knots
-    if len(theirs) != sampler.steps or not torch.allclose(theirs, ours, atol=1e-6) or sampler.grid[-1] != 0:
+    if sampler.grid[-1] != 0:
+        raise ValueError(
+            f"{type(scheduler).__name__} ends at the clean samples, and the student at t = {sampler.grid[-1]:.3g}"
+        )
+    if len(theirs) != sampler.steps or not torch.allclose(theirs, ours, atol=1e-6):
         raise ValueError(
             f"{type(scheduler).__name__} visits {[int(i) - 1 for i in theirs]}, the student was made for "
             f"{[round(i - 1, 2) for i in ours.tolist()]}: distil it on trailing_grid (LCM: lcm_grid) to export it"
