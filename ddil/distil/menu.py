@@ -40,12 +40,13 @@ from ..solvers import solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'ADAM',
-           'Stage', 'ddil_states', 'simulated_states', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry', 'enter',
-           'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs', 'at_scale',
-           'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed', 'FollowedL2',
-           'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
-           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
+__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'STEADY',
+           'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
+           'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
+           'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed',
+           'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training',
+           'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
+           'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -108,6 +109,11 @@ def simulated_states(stage: Stage) -> RollIn:
         return ddil_states(stage, label=False)
     return Rollout(stage.student, stage.teacher, stage.shape, stage.data, 1.0, label=False, solver=solver_by_name(stage.solver),
                    source=stage.source, visit="one")
+
+
+def noised_data(stage: Stage) -> RollIn:
+    """DDIL's mixture without labels, or noised data at the student's nodes."""
+    return ddil_states(stage, label=False)
 
 
 def noised_pairs(stage: Stage) -> RollIn:
@@ -278,7 +284,7 @@ enter(Entry(
     options=Weighted, inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "guidance", "The guided teacher's two evaluations in one", ("Meng et al. 2023, stage one",), ddil_states,
+    "guidance", "One evaluation replaces the two of a guided teacher", ("Meng et al. 2023, stage one",), ddil_states,
     lambda stage: GuidanceDistillation(stage.teacher.denoiser, stage.options.weighting),
     "student and back, and one guided estimate", aliases=("guidance-distillation",), steps="same", options=Weighted,
     needs=frozenset({"null condition"}), inputs=scaled_inputs, finished=at_scale))
@@ -296,7 +302,7 @@ class Naive(Paired):
     distance: DistanceName = Field("huber", description="between the student's arrival and the teacher's")
 
 
-NO_WALK = "its student is asked at the noise alone, where every walk begins"
+NO_WALK = "its student only sees pure noise, where every walk begins"
 
 enter(Entry(
     "naive", "One step from the noise to the teacher's sample", ("Luhman & Luhman 2021",), noised_pairs,
@@ -401,22 +407,22 @@ def consistent(destination: Callable[[Stage], Edges | Anywhere], follows: bool =
 
 
 enter(Entry(
-    "consistency", "Jumps to the end, one look apart", ("Song et al. 2023",), ddil_states, consistent(lambda stage: TO_THE_END),
+    "consistency", "Two states one step of the teacher apart must give the same clean sample", ("Song et al. 2023",), ddil_states, consistent(lambda stage: TO_THE_END),
     JUMPS, aliases=("cd", "consistency-distillation"), look=1, solver="consistency", options=FollowedL2, inputs=scaled_inputs,
     finished=at_scale))
 
 enter(Entry(
-    "lcm", "Consistency of latents, under guidance, with long looks", ("Luo et al. 2023",), ddil_states,
+    "lcm", "The same for latents under guidance, with long steps of the teacher", ("Luo et al. 2023",), ddil_states,
     consistent(lambda stage: TO_THE_END), JUMPS, aliases=("latent-consistency",), look=1, solver="consistency", options=Followed,
     inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "segments", "Jumps to the end of a segment", ("Heek et al. 2024",), ddil_states,
+    "segments", "The same within segments: a jump ends where its segment ends", ("Heek et al. 2024",), ddil_states,
     consistent(lambda stage: Edges(stage.teacher.student_grid), follows=False), JUMPS,
     aliases=("multistep-consistency", "pcm"), look=1, options=Followed, inputs=scaled_inputs, finished=at_scale))
 
 enter(Entry(
-    "tcd", "Jumps to anywhere below", ("Zheng et al. 2024",), ddil_states,
+    "tcd", "The same, but a jump may end at any smaller time", ("Zheng et al. 2024",), ddil_states,
     consistent(lambda stage: Anywhere(stage.teacher.grid.cpu())), JUMPS, aliases=("trajectory-consistency",), look=1,
     options=Followed, inputs=scaled_inputs, finished=at_scale))
 
@@ -437,7 +443,7 @@ def trajectory(stage: Stage) -> Method:
 
 
 enter(Entry(
-    "ctm", "Jumps from anywhere to anywhere, told their end", ("Kim et al. 2023",), ddil_states, trajectory,
+    "ctm", "Jumps between any two times; the network gets the end time as an input", ("Kim et al. 2023",), ddil_states, trajectory,
     "student and back, three jumps of its target, one to a few looks of the teacher", look=1, options=Trajectory,
     needs=frozenset({"inputs"}), inputs=lambda options: ("end",), aliases=("consistency-trajectory",)))
 
@@ -458,7 +464,7 @@ def ends_above_zero(denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[
 
 
 enter(Entry(
-    "there-and-back", "A decoder to cleaner edges, an encoder the other way", ("Starodubcev et al. 2024",), ddil_states,
+    "there-and-back", "One network goes towards the data, a second one back towards noise", ("Starodubcev et al. 2024",), ddil_states,
     lambda stage: BiDirectional(stage.teacher, stage.teacher.student_grid, stage.begin("encoder"), stage.options.weight, stage.options.distance),
     "twice: a network and back, three jumps without gradient, one look of the teacher", look=1, options=Cycled,
     networks=("encoder",), teacher=ends_above_zero, aliases=("bidirectional",)))
@@ -517,7 +523,7 @@ class Regressed(Matched):
 
 
 SIMULATED = "student and back, and the teacher's score and the fake one"
-ADAM = {"betas": (0.0, 0.99), "decay": "constant", "clip": 10.0}
+STEADY = {"decay": "constant", "clip": 10.0}  # a constant rate, and gradients clipped late
 
 # %% ../../nbs/09_distil/01_menu.ipynb #3355abad
 def matched(fake: Callable[[Stage], Delta]) -> Callable[[Stage], Method]:
@@ -543,22 +549,22 @@ def critic(stage: Stage) -> Critic:
 enter(Entry(
     "sds", "Score distillation: one's own score is that of the sample itself", ("Poole et al. 2022",), simulated_states,
     matched(lambda stage: Delta()), "student and back, and the teacher's score", aliases=("score-distillation",),
-    solver="consistency", options=Matched, settings=ADAM, starts_at_data=False))
+    solver="consistency", options=Matched, settings=STEADY, starts_at_data=False))
 
 enter(Entry(
     "unbiased-score", "One's own score, from remembered samples", ("Schlichting et al. 2024",), simulated_states,
     matched(lambda stage: Samples(stage.student.schedule, stage.options.memory)), "student and back, and the teacher's score",
-    solver="consistency", options=Remembered, settings=ADAM, needs=frozenset({"labels"}), starts_at_data=False))
+    solver="consistency", options=Remembered, settings=STEADY, needs=frozenset({"labels"}), starts_at_data=False))
 
 enter(Entry(
     "dmd", "Scores matched by a critic, and regression on pairs", ("Yin et al. 2023",), noised_pairs, matched(critic),
     f"{SIMULATED}; the critic and back (pairs are made first)", solver="consistency", steps="one", options=Regressed,
-    settings=ADAM, needs=frozenset({"pairs"}), networks=("fake",), ddil=NO_WALK, starts_at_data=False))
+    settings=STEADY, needs=frozenset({"pairs"}), networks=("fake",), ddil=NO_WALK, starts_at_data=False))
 
 enter(Entry(
     "dmd2", "Scores matched by a critic that is updated more often and judges", ("Yin et al. 2024",), simulated_states,
     matched(critic), f"{SIMULATED}, once in `ratio` updates; the critic and back, each time", solver="consistency",
-    options=Criticised, settings=ADAM, needs=frozenset({"pictures"}), networks=("fake",), starts_at_data=False))
+    options=Criticised, settings=STEADY, needs=frozenset({"pictures"}), networks=("fake",), starts_at_data=False))
 
 # %% ../../nbs/09_distil/01_menu.ipynb #4563073c
 class Adversarial(Form):
@@ -578,9 +584,9 @@ def adversarial(stage: Stage) -> Method:
 
 
 enter(Entry(
-    "add", "A judge on frozen features, and one step of the teacher", ("Sauer et al. 2023",), simulated_states, adversarial,
+    "add", "A judge on frozen features, and one step of the teacher", ("Sauer et al. 2023",), noised_data, adversarial,
     "student and back, one step of the teacher, and the judge's features, three times", solver="consistency",
-    options=Adversarial, settings=ADAM, needs=frozenset({"pictures", "features"}), networks=("discriminator",), starts_at_data=False))
+    options=Adversarial, settings=STEADY, needs=frozenset({"pictures", "features"}), networks=("discriminator",)))
 
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
 def menu_text() -> str:
@@ -591,7 +597,8 @@ def menu_text() -> str:
         lines = [f"{entry.name}" + (f"  (also {', '.join(entry.aliases)})" if entry.aliases else ""), f"    {entry.title}: {'; '.join(entry.papers)}",
                  f"    costs {entry.cost}"]
         lines += [f"    needs {needs}"] if needs else []
-        lines += [f"    without DDIL: {entry.ddil}"] if entry.ddil else []
+        plain = "noised data" if entry.starts_at_data else "walks, or pairs that the teacher made"
+        lines += [f"    states: {plain}" + (f"; takes no DDIL: {entry.ddil}" if entry.ddil else "; or DDIL's mixture")]
         own = ", ".join(f"{name} = {value.default}" for name, value in entry.options.model_fields.items())
         blocks.append("\n".join(lines + ([f"    options {own}"] if own else [])))
     return "\n\n".join(blocks)
