@@ -45,7 +45,9 @@ COMMANDS: dict[str, Command] = {
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The commands, and the options of the `chosen` one."""
-    top = argparse.ArgumentParser("ddil", description=ABOUT, epilog="Begin with: ddil distil --problem digits --updates 100")
+    top = argparse.ArgumentParser(
+        "ddil", description=ABOUT, epilog="Begin with: ddil distil --problem digits --updates 100"
+    )
     top.add_argument("--version", action="version", version=f"ddil {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     for name, entry in COMMANDS.items():
@@ -58,7 +60,8 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit status: 0 if all went well, 1 if the doctor finds a problem or a run is not done, 2 for what cannot be read.
+    Returns the exit status: 0 if all went well, 1 if the doctor finds a problem or a run is not done, 2 for what cannot
+    be read.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = parser(words[0] if words else None).parse_args(words)

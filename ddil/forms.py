@@ -101,8 +101,14 @@ def understand(value: Any, kind: Any) -> Any:
     return value
 
 # %% ../nbs/10_lab/02_forms.ipynb #3f22fc60
-_NOUNS = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path",
-          dict: "names with values"}
+_NOUNS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Path: "path",
+    dict: "names with values",
+}
 _HOW_MANY = {2: "two", 3: "three", 4: "four"}
 
 

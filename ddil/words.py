@@ -24,7 +24,9 @@ def did_you_mean(word: Any, known: Iterable[Any]) -> str:
 
 # %% ../nbs/10_lab/01_words.ipynb #b60de517
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`iterable` with a progress bar; where the environment says DDIL_PROGRESS=log, with a line of text every 5 seconds."""
+    """`iterable` with a progress bar; where the environment says DDIL_PROGRESS=log, with a line of text every 5
+    seconds.
+    """
     if os.environ.get("DDIL_PROGRESS") == "log":
         from tqdm.std import tqdm
 

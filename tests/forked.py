@@ -1,4 +1,6 @@
-"""Processes that spare themselves the imports, for a server that has made them forks each in milliseconds; and notebooks run in such processes."""
+"""Processes that spare themselves the imports, for a server that has made them forks each in milliseconds; and
+notebooks run in such processes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = ("export", "exporti", "exports")
 TIMEOUT = 1800  # seconds after which a notebook counts as hung
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ddil.distil.stages", "ddil.measure", "ddil.distil.doctor", "ddil.measure.inversion", "diffusers.pipelines.stable_diffusion", "matplotlib.pyplot", "nbdev.process", "execnb.shell", "papermill.parameterize"])
+PROCESSES.set_forkserver_preload(
+    [
+        "ddil.distil.stages",
+        "ddil.measure",
+        "ddil.distil.doctor",
+        "ddil.measure.inversion",
+        "diffusers.pipelines.stable_diffusion",
+        "matplotlib.pyplot",
+        "nbdev.process",
+        "execnb.shell",
+        "papermill.parameterize",
+    ]
+)
 
 
 def processes(count: int) -> ProcessPoolExecutor:
@@ -51,7 +65,9 @@ def _run(shell: Any, nb: Any, name: str, **options: Any) -> str:
 
 
 def run_experiment(notebook: Path, parameters: dict[str, Any]) -> str:
-    """Run a notebook with papermill's way of giving parameters, in the root of the checkout. Returns the traceback, or nothing."""
+    """Run a notebook with papermill's way of giving parameters, in the root of the checkout. Returns the traceback,
+    or nothing.
+    """
     from execnb.nbio import dict2nb
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
@@ -62,8 +78,10 @@ def run_experiment(notebook: Path, parameters: dict[str, Any]) -> str:
 
 
 def run_against_module(notebook: Path) -> str:
-    """Run the cells that are not exported; in place of the others, take what they define from the module. As the exported code is the notebook's
-    (tests/test_in_step.py), this is what a reader runs, and more: a name that the module lacks is missed. Returns the traceback, or nothing."""
+    """Run the cells that are not exported; in place of the others, take what they define from the module. As the
+    exported code is the notebook's
+    (tests/test_in_step.py), this is what a reader runs, and more: a name that the module lacks is missed. Returns the
+    traceback, or nothing."""
     shell = _shell(notebook.parent)
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
@@ -80,7 +98,17 @@ def run_against_module(notebook: Path) -> str:
         if export is not None:
             module = importlib.import_module(f"ddil.{export[0] if export else default}")
             code = dis.get_instructions(compile(cell.source, str(notebook), "exec"))
-            shell.user_ns.update({i.argval: vars(module)[i.argval] for i in code if i.opname == "STORE_NAME" and i.argval in vars(module)})
-        return export is not None or cell.directives_.get("eval:", [""])[0].lower() == "false" or bool(skipped & cell.directives_.keys())
+            shell.user_ns.update(
+                {
+                    i.argval: vars(module)[i.argval]
+                    for i in code
+                    if i.opname == "STORE_NAME" and i.argval in vars(module)
+                }
+            )
+        return (
+            export is not None
+            or cell.directives_.get("eval:", [""])[0].lower() == "false"
+            or bool(skipped & cell.directives_.keys())
+        )
 
     return _run(shell, nb, notebook.name, preproc=replaced)

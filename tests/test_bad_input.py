@@ -51,16 +51,33 @@ WEIGHTS = "network/diffusion_pytorch_model.safetensors"
 
 BAD_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "parameters": (
-        {"updatse": 5, "updates": "many", "atoms_updates": 2.5, "stages": [16, 8, 5], "collected": [0.25, 1.5],
-         "beta": [-0.1, 0.8], "teacher": "nowhere/teacher", "mixing": "samples", "seeds": [1, 1], "processes": 0},
-        ("10 of the parameters cannot be used", "updatse = 5: there is no such parameter (did you mean updates?)",
-         "updates = 'many' must be a whole number of at least 1", "atoms_updates = 2.5 must be a whole number",
-         "stages = [16, 8, 5] must be steps each of which is half of the one before, and 5 is not half of 8: write 4",
-         "collected = [0.25, 1.5] must be a finite number in [0, 1]",
-         "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
-         "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists",
-         "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
-         "seeds = [1, 1] must not repeat", "processes = 0 must be a finite whole number of at least 1")),
+        {
+            "updatse": 5,
+            "updates": "many",
+            "atoms_updates": 2.5,
+            "stages": [16, 8, 5],
+            "collected": [0.25, 1.5],
+            "beta": [-0.1, 0.8],
+            "teacher": "nowhere/teacher",
+            "mixing": "samples",
+            "seeds": [1, 1],
+            "processes": 0,
+        },
+        (
+            "10 of the parameters cannot be used",
+            "updatse = 5: there is no such parameter (did you mean updates?)",
+            "updates = 'many' must be a whole number of at least 1",
+            "atoms_updates = 2.5 must be a whole number",
+            "stages = [16, 8, 5] must be steps each of which is half of the one "
+            "before, and 5 is not half of 8: write 4",
+            "collected = [0.25, 1.5] must be a finite number in [0, 1]",
+            "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
+            "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists",
+            "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
+            "seeds = [1, 1] must not repeat",
+            "processes = 0 must be a finite whole number of at least 1",
+        ),
+    ),
     "stages": ({"stages": [24, 12]}, ("the teacher has 32 steps, so the first stage must divide 32, not be 24",)),
 }
 
@@ -86,12 +103,12 @@ def test_a_teacher_that_is_none(tmp_path: Path) -> None:
 
 
 STRANGE: dict[str, tuple[str, str]] = {
-    "a name of no version": ("problem: atoms\nbetta: 0.5",
-                             r"betta = 0.5: there is no such option \(did you mean beta"),
-    "a problem of no version": ("problem: atom",
-                                r"there is no problem 'atom' \(did you mean atoms\?\); known are digits, atoms"),
-    "a method of no version": ("method: progresive",
-                               r"there is no method 'progresive' \(did you mean progressive\?\)"),
+    "a name of no version": ("problem: atoms\nbetta: 0.5", r"betta = 0.5: there is no such option \(did you mean beta"),
+    "a problem of no version": (
+        "problem: atom",
+        r"there is no problem 'atom' \(did you mean atoms\?\); known are digits, atoms",
+    ),
+    "a method of no version": ("method: progresive", r"there is no method 'progresive' \(did you mean progressive\?\)"),
     "no names": ("- progressive", "must hold names and values, such as 'method: lcm'"),
     "no YAML": ("stages: [4, 2", "cannot be read as YAML"),
 }
@@ -159,12 +176,16 @@ def column() -> Problem:
 
 UNFIT: dict[str, tuple[Callable[[], Problem], str]] = {
     "empty data": (lambda: tiny.problem(data=Nothing(), teacher=CountingTeacher()), "the data set is empty"),
-    "two schedules": (lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()),
-                      "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine"),
+    "two schedules": (
+        lambda: tiny.problem(student=mlp(RectifiedFlow()), teacher=CountingTeacher()),
+        "student and teacher must walk on one schedule.*RectifiedFlow.*Cosine",
+    ),
     "a student that cannot learn": (lambda: tiny.problem(student=CountingTeacher()), "has no parameters"),
     "labels out of range": (lambda: digits_with(labels=digits().cond + 5), r"labels must be in \[0, 10\]"),
-    "labels that are no whole numbers": (lambda: digits_with(labels=digits().cond.float()),
-                                         "integer labels, not torch.float32"),
+    "labels that are no whole numbers": (
+        lambda: digits_with(labels=digits().cond.float()),
+        "integer labels, not torch.float32",
+    ),
     "labels in one column": (column, r"integer labels, not torch.int64 of shape"),
     "labels for a teacher without classes": (without_classes, "has no classes"),
     "no labels": (lambda: digits_with(), "label"),
@@ -241,8 +262,12 @@ def test_a_student_is_not_guided_again(tmp_path: Path) -> None:
     made = digits_problem(2.0)
     Sampler(made.student, uniform_grid(4), made.shape, guidance_scale=2.0).save(tmp_path / "student")
     loaded = Sampler.load(tmp_path / "student").denoiser
-    attempts = (lambda: Guided(loaded, 2.0), lambda: Guided(Reflected(loaded), 0.0),
-                lambda: digits_problem(2.0, tmp_path / "student"), lambda: Guided.from_weight(loaded, 1.0))
+    attempts = (
+        lambda: Guided(loaded, 2.0),
+        lambda: Guided(Reflected(loaded), 0.0),
+        lambda: digits_problem(2.0, tmp_path / "student"),
+        lambda: Guided.from_weight(loaded, 1.0),
+    )
     for attempt in attempts:
         with pytest.raises(ValueError, match="would apply guidance twice; use guidance_scale=1"):
             attempt()
@@ -318,6 +343,7 @@ def test_a_rate_that_explodes(collected: tuple[float, float], tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints at updates 10 and 20, ended after 25."""
+
     class Enough(Exception):
         pass
 
@@ -347,21 +373,32 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a bit of the roll-in": (lambda place: flip(place / "rollin-0.safetensors"),
-                             "rollin-0.safetensors in .*update-00000020 is damaged"),
-    "a bit of the average": (lambda place: flip(place / "average.safetensors"),
-                             "average.safetensors in .*update-00000020 is damaged"),
-    "half an optimiser": (lambda place: os.truncate(place / "optimizer-student.safetensors", 1000),
-                          "optimizer-student.safetensors in .*update-00000020 is damaged"),
-    "a lost file": (lambda place: (place / "network-student.safetensors").unlink(),
-                    "update-00000020 is not complete .*network-student.safetensors"),
-    "no description": (lambda place: (place / "sealed.json").unlink(),
-                       "update-00000020 is not complete .*sealed.json"),
+    "a bit of the roll-in": (
+        lambda place: flip(place / "rollin-0.safetensors"),
+        "rollin-0.safetensors in .*update-00000020 is damaged",
+    ),
+    "a bit of the average": (
+        lambda place: flip(place / "average.safetensors"),
+        "average.safetensors in .*update-00000020 is damaged",
+    ),
+    "half an optimiser": (
+        lambda place: os.truncate(place / "optimizer-student.safetensors", 1000),
+        "optimizer-student.safetensors in .*update-00000020 is damaged",
+    ),
+    "a lost file": (
+        lambda place: (place / "network-student.safetensors").unlink(),
+        "update-00000020 is not complete .*network-student.safetensors",
+    ),
+    "no description": (lambda place: (place / "sealed.json").unlink(), "update-00000020 is not complete .*sealed.json"),
     "half a description": (lambda place: os.truncate(place / "sealed.json", 50), "update-00000020 is not complete"),
-    "zeros for a description": (lambda place: (place / "sealed.json").write_bytes(bytes(50)),
-                                "update-00000020 is not complete"),
-    "a description that is no text": (lambda place: (place / "sealed.json").write_bytes(b"\xff\xfe\x00"),
-                                      "update-00000020 is not complete"),
+    "zeros for a description": (
+        lambda place: (place / "sealed.json").write_bytes(bytes(50)),
+        "update-00000020 is not complete",
+    ),
+    "a description that is no text": (
+        lambda place: (place / "sealed.json").write_bytes(b"\xff\xfe\x00"),
+        "update-00000020 is not complete",
+    ),
 }
 
 
@@ -389,8 +426,11 @@ FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Problem], tuple[str, ...]]
     "batch": ({"batch": 8}, tiny.problem, ("batch 16 there, 8 here",)),
     "network": ({}, lambda: tiny.problem(student=mlp()), ("parameters '",)),
     "roll-in": ({"collected": (0.0, 0.0)}, tiny.problem, ("roll-in 'Mixture' there, 'Forward' here",)),
-    "method": ({"weighting": "snr", "seed": 2}, tiny.problem,
-               ("seed 1 there, 2 here", "weighting 'truncated_snr' there, 'snr' here")),
+    "method": (
+        {"weighting": "snr", "seed": 2},
+        tiny.problem,
+        ("seed 1 there, 2 here", "weighting 'truncated_snr' there, 'snr' here"),
+    ),
 }
 
 
@@ -454,6 +494,7 @@ def test_no_file_is_a_pickle(saved: Path, interrupted: Path) -> None:
 
 def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samplers, assets and checkpoints load without torch.load and pickle."""
+
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was unpickled")
 
@@ -471,14 +512,20 @@ def test_nothing_is_unpickled(saved: Path, interrupted: Path, tmp_path: Path, mo
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "network": (lambda d: d["denoiser"].update(network="UNet9DModel"),
-                "holds a ClassDenoiser of a UNet9DModel: known are"),
+    "network": (
+        lambda d: d["denoiser"].update(network="UNet9DModel"),
+        "holds a ClassDenoiser of a UNet9DModel: known are",
+    ),
     "adapter": (lambda d: d["denoiser"].update(adapter="os.system"), "holds a os.system of a MLP: known are"),
-    "schedule": (lambda d: d["denoiser"]["schedule"].update(name="Cosin"),
-                 "unknown schedule 'Cosin'; known are Cosine"),
+    "schedule": (
+        lambda d: d["denoiser"]["schedule"].update(name="Cosin"),
+        "unknown schedule 'Cosin'; known are Cosine",
+    ),
     "field of the schedule": (lambda d: d["denoiser"]["schedule"].update(limits=3), "has no field limits"),
-    "prediction": (lambda d: d["denoiser"].update(prediction="epsilon"),
-                   "prediction must be one of x, eps, v, flow, not 'epsilon'"),
+    "prediction": (
+        lambda d: d["denoiser"].update(prediction="epsilon"),
+        "prediction must be one of x, eps, v, flow, not 'epsilon'",
+    ),
     "threshold": (lambda d: d["denoiser"]["wrappers"][0].update(kind="soft"), "'static' or 'dynamic'"),
     "solver": (lambda d: d.update(solver="dimm"), "unknown solver 'dimm'; known are ddim"),
     "grid": (lambda d: d.update(grid=[0.0, 0.5, 1.0]), "must fall strictly"),
@@ -516,8 +563,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half the weights": (lambda place: os.truncate(place / WEIGHTS, 500), f"{WEIGHTS} in .*student is damaged"),
     "no weights": (lambda place: (place / WEIGHTS).unlink(), f"student is not complete .*{WEIGHTS}.*save it again"),
     "half a description": (lambda place: halve(place / "sealed.json"), "student is not complete .*save it again"),
-    "a description of another kind": (lambda place: (place / "sealed.json").write_text("[]"),
-                                      "student is not complete"),
+    "a description of another kind": (
+        lambda place: (place / "sealed.json").write_text("[]"),
+        "student is not complete",
+    ),
     "another width": (lambda place: configured(place, width=8), "student|expected shape"),
     "fewer layers": (lambda place: configured(place, depth=0), "config.json"),
     "more layers": (lambda place: configured(place, depth=2), "config.json"),

@@ -1,4 +1,6 @@
-"""Pictures with captions in every format, with nothing lost silently; and their cache: killed anywhere, made by two processes, on a full disk, or asked for by another model."""
+"""Pictures with captions in every format, with nothing lost silently; and their cache: killed anywhere, made by two
+processes, on a full disk, or asked for by another model.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ OPTIONAL = {"shards": "webdataset", "dataset": "datasets"}
 def need(format: str) -> None:
     """Skip where the optional package that reads this format is not installed."""
     if format in OPTIONAL:
-        pytest.importorskip(OPTIONAL[format], reason=f"{OPTIONAL[format]} is an optional dependency: pip install 'ddil[data]'")
+        pytest.importorskip(
+            OPTIONAL[format], reason=f"{OPTIONAL[format]} is an optional dependency: pip install 'ddil[data]'"
+        )
 
 
 def pixels(i: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
@@ -65,7 +69,10 @@ def table_csv(root: Path) -> str:
     (root / "pictures").mkdir()
     for i in range(12):
         (root / "pictures" / f"{i:03}.png").write_bytes(png(i))
-    (root / "captions.csv").write_text("image,caption\n" + "".join(f'pictures/{i:03}.png,"{caption}"\n' for i, caption in enumerate(CAPTIONS)), encoding="utf-8-sig")
+    (root / "captions.csv").write_text(
+        "image,caption\n" + "".join(f'pictures/{i:03}.png,"{caption}"\n' for i, caption in enumerate(CAPTIONS)),
+        encoding="utf-8-sig",
+    )
     return str(root)
 
 
@@ -84,7 +91,11 @@ def coco(root: Path, year: int = 2014) -> str:
     (root / "annotations").mkdir()
     for i in range(12):
         (root / name / f"{i:012}.png").write_bytes(png(i))
-    told = [{"id": 100 * j + i, "image_id": i, "caption": f"{caption}{'!' * j}"} for i, caption in enumerate(CAPTIONS) for j in range(5)]
+    told = [
+        {"id": 100 * j + i, "image_id": i, "caption": f"{caption}{'!' * j}"}
+        for i, caption in enumerate(CAPTIONS)
+        for j in range(5)
+    ]
     content = {"images": [{"id": i, "file_name": f"{i:012}.png"} for i in range(12)][::-1], "annotations": told[::-1]}
     (root / "annotations" / f"captions_{name}.json").write_text(json.dumps(content))
     (root / "annotations" / f"instances_{name}.json").write_text("{}")
@@ -96,7 +107,9 @@ def shards(root: Path) -> str:
     for shard in range(4):
         with tarfile.open(root / f"data-{shard:04}.tar", "w") as tar:
             for i in range(3 * shard, 3 * shard + 3):
-                told = ("txt", CAPTIONS[i].encode()) if i % 2 else ("json", json.dumps({"caption": CAPTIONS[i]}).encode())
+                told = (
+                    ("txt", CAPTIONS[i].encode()) if i % 2 else ("json", json.dumps({"caption": CAPTIONS[i]}).encode())
+                )
                 for ending, data in (("png", png(i)), told):
                     info = tarfile.TarInfo(f"{i:03}.{ending}")
                     info.size = len(data)
@@ -113,7 +126,10 @@ def parquet(root: Path, broken: tuple[int, ...] = ()) -> str:
 
     for part in range(2):
         which = range(6 * part, 6 * part + 6)
-        rows = {"image": [{"bytes": b"broken" if i in broken else png(i), "path": None} for i in which], "text": [CAPTIONS[i] for i in which]}
+        rows = {
+            "image": [{"bytes": b"broken" if i in broken else png(i), "path": None} for i in which],
+            "text": [CAPTIONS[i] for i in which],
+        }
         kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
         datasets.Dataset.from_dict(rows, features=kinds).to_parquet(root / f"train-{part}.parquet")
     return str(root)
@@ -133,9 +149,17 @@ def json_lines(root: Path, files: int = 2) -> str:
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "folder": ("folder", beside), "csv": ("table", table_csv), "jsonl": ("table", table_jsonl), "COCO 2014": ("coco", coco), "COCO 2017": ("coco", lambda root: coco(root, 2017)),
-    "shards": ("shards", shards), "folder of shards": ("shards", lambda root: str(Path(shards(root)).parent)), "piped shards": ("shards", pipe),
-    "parquet": ("dataset", parquet), "json lines": ("dataset", json_lines), "a lone table": ("table", lambda root: json_lines(root, 1)),
+    "folder": ("folder", beside),
+    "csv": ("table", table_csv),
+    "jsonl": ("table", table_jsonl),
+    "COCO 2014": ("coco", coco),
+    "COCO 2017": ("coco", lambda root: coco(root, 2017)),
+    "shards": ("shards", shards),
+    "folder of shards": ("shards", lambda root: str(Path(shards(root)).parent)),
+    "piped shards": ("shards", pipe),
+    "parquet": ("dataset", parquet),
+    "json lines": ("dataset", json_lines),
+    "a lone table": ("table", lambda root: json_lines(root, 1)),
 }
 
 
@@ -187,7 +211,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("where,title\n0.png,a title\n")
     with pytest.raises(ValueError, match="has the columns where, title; one of caption, text"):
         open_captions(str(tmp_path), size=SIZE)
-    item, = open_captions(str(tmp_path), size=SIZE, file_column="where", caption_column="title")
+    (item,) = open_captions(str(tmp_path), size=SIZE, file_column="where", caption_column="title")
     assert item.caption == "a title"
 
 
@@ -195,7 +219,9 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
 def test_optional_packages_are_asked_for(package: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command that installs them."""
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install {package}, or pip install 'ddil\[data\]'"):
+    with pytest.raises(
+        ImportError, match=rf"needs the package {package}: pip install {package}, or pip install 'ddil\[data\]'"
+    ):
         open_captions(source, "dataset" if package == "datasets" else "auto", size=SIZE, revision="abc")
 
 
@@ -232,7 +258,9 @@ def test_unreadable_pictures_are_named_and_counted(name: str, tmp_path: Path) ->
             path.write_bytes(path.read_bytes().replace(png(3), b"x" * len(png(3))).replace(png(4), b"x" * len(png(4))))
     if name == "parquet":
         parquet(tmp_path, (3, 4))
-    with pytest.raises(ValueError, match=r"1 items cannot be used, and skip_limit is 0: .*(3|4).* \(\w+Error: .*raise skip_limit"):
+    with pytest.raises(
+        ValueError, match=r"1 items cannot be used, and skip_limit is 0: .*(3|4).* \(\w+Error: .*raise skip_limit"
+    ):
         list(open_captions(source, size=SIZE))
     with pytest.raises(ValueError, match="2 items cannot be used, and skip_limit is 1"):
         list(open_captions(source, size=SIZE, skip_limit=1))
@@ -252,7 +280,11 @@ def test_pictures_without_a_caption(tmp_path: Path) -> None:
     assert len(list(items)) == 10 and items.dropped == {"without a caption": 2}
     for path in tmp_path.glob("*.txt"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"has none of: annotations/captions_\*.json; a table .*It has 12 pictures, and nothing that captions them"):
+    with pytest.raises(
+        ValueError,
+        match=r"has none of: annotations/captions_\*.json; a table .*It has 12 "
+        r"pictures, and nothing that captions them",
+    ):
         open_captions(source, size=SIZE)
 
 
@@ -272,7 +304,10 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: py
     source = beside(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     (tmp_path / "002.png").write_bytes(png(2, 40, 40))
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="002.png .*40 x 40 pixels are more than Image.MAX_IMAGE_PIXELS"):
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match="002.png .*40 x 40 pixels are more than Image.MAX_IMAGE_PIXELS"),
+    ):
         list(open_captions(source, size=SIZE))
 
 
@@ -285,7 +320,9 @@ def test_identity(name: str, tmp_path: Path) -> None:
     source = source.replace(str(tmp_path / "one"), str(tmp_path / "two"))
     assert open_captions(source, size=SIZE).identity == before
     assert open_captions(source, size=SIZE, minimum_side=5).identity != before
-    picture = next(path for path in sorted((tmp_path / "two").rglob("*")) if path.suffix in (".png", ".tar", ".parquet"))
+    picture = next(
+        path for path in sorted((tmp_path / "two").rglob("*")) if path.suffix in (".png", ".tar", ".parquet")
+    )
     os.utime(picture, (1, 1))
     assert open_captions(source, size=SIZE).identity != before
 
@@ -310,12 +347,16 @@ class Encoder:
 
     def encode_prompts(self, prompts: list[str]) -> Tensor | dict[str, Tensor]:
         self.text.truncated += sum(len(prompt) > 100 for prompt in prompts)
-        found = torch.tensor([[(sum(prompt.encode()) * (j + 1)) % 97 for j in range(6)] for prompt in prompts], dtype=torch.float32)
+        found = torch.tensor(
+            [[(sum(prompt.encode()) * (j + 1)) % 97 for j in range(6)] for prompt in prompts], dtype=torch.float32
+        )
         return {"embeddings": found.view(-1, 3, 2), "text_embeds": found} if self.two else found.view(-1, 3, 2)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.nn.functional.adaptive_avg_pool2d(images, min(self.side, 16))
-        mean = mean.repeat_interleave(self.side // mean.shape[-1], -1).repeat_interleave(self.side // mean.shape[-1], -2)
+        mean = mean.repeat_interleave(self.side // mean.shape[-1], -1).repeat_interleave(
+            self.side // mean.shape[-1], -2
+        )
         mean = mean[:, torch.arange(self.channels) % 3]
         return mean, mean.abs() / 10
 
@@ -342,12 +383,16 @@ def dealt(count: int = 40) -> CaptionedImages:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a cache; none is hidden."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*longer than the tokenizer takes")
 def test_rows_agree_with_direct_encoding(tmp_path: Path) -> None:
-    """A whole pipeline, SDXL's, with pictures that are not square: latents, embeddings and sizes as the encoder and diffusers' training script say."""
+    """A whole pipeline, SDXL's, with pictures that are not square: latents, embeddings and sizes as the encoder and
+    diffusers' training script say.
+    """
     source = layout("folder", tmp_path / "data")
     for i in (0, 5):
         (tmp_path / "data" / f"{i:03}.png").write_bytes(png(i, 64, 96))
@@ -362,7 +407,13 @@ def test_rows_agree_with_direct_encoding(tmp_path: Path) -> None:
     for name in expected:
         assert torch.allclose(cond[name], expected[name], atol=1e-5), name
     # the picture of 64 x 96 is resized to 32 x 48, then cut from column 8
-    assert cond["time_ids"].tolist() == [[16, 16, 0, 0, 32, 32], [64, 96, 0, 8, 32, 32], [64, 96, 0, 8, 32, 32], [16, 16, 0, 0, 32, 32], [64, 96, 0, 8, 32, 32]]
+    assert cond["time_ids"].tolist() == [
+        [16, 16, 0, 0, 32, 32],
+        [64, 96, 0, 8, 32, 32],
+        [64, 96, 0, 8, 32, 32],
+        [16, 16, 0, 0, 32, 32],
+        [64, 96, 0, 8, 32, 32],
+    ]
     assert data.captions[3:6] == CAPTIONS[3:6] and len(data) == 12
     with pytest.raises(IndexError, match="has 12 rows"):
         data[np.array([12])]
@@ -372,7 +423,11 @@ def test_each_caption_and_each_picture_once(tmp_path: Path) -> None:
     """Of five captions a picture: sixty rows, twelve latents, and the embeddings of the distinct captions."""
     items = open_captions(coco(tmp_path), size=SIZE, caption="all")
     data = build_cache(tmp_path / "cache", items, Encoder(), SIZE)
-    assert len(data) == 60 and data.table["pictures"] == [12] and data.table["distinct"] == len({item.caption for item in items})
+    assert (
+        len(data) == 60
+        and data.table["pictures"] == [12]
+        and data.table["distinct"] == len({item.caption for item in items})
+    )
     assert np.load(data.folder / "part-00000-00000" / "latents.npy").shape == (12, 4, 4, 4)
     latents = data[np.arange(60)][0]
     assert torch.equal(latents[0::5], latents[4::5]) and not torch.equal(latents[0], latents[5])
@@ -381,7 +436,9 @@ def test_each_caption_and_each_picture_once(tmp_path: Path) -> None:
 
 
 def _dying(folder: Path, posterior: str, before: bool, streamed: bool) -> None:
-    """Build, and be killed by SIGKILL at the second folder that is to get its name, before it has it; or after the first has it."""
+    """Build, and be killed by SIGKILL at the second folder that is to get its name, before it has it; or after the
+    first has it.
+    """
     replace, seen = os.replace, []
 
     def replacing(source: Path, place: Path) -> None:
@@ -397,7 +454,9 @@ def _dying(folder: Path, posterior: str, before: bool, streamed: bool) -> None:
 
 
 def _killed_again_and_again(told: "PROCESSES.SimpleQueue", *how: object) -> None:
-    """Tells how often a build was killed before one came to its end. Each is a fork of this process, which has imported everything and has one thread."""
+    """Tells how often a build was killed before one came to its end. Each is a fork of this process, which has
+    imported everything and has one thread.
+    """
     torch.set_num_threads(1)
     for killed in range(100):
         process = os.fork()
@@ -415,10 +474,16 @@ def _killed_again_and_again(told: "PROCESSES.SimpleQueue", *how: object) -> None
 
 @pytest.mark.parametrize(("before", "posterior", "streamed"), [(True, "sample", False), (False, "mean", True)])
 def test_killed_at_every_part(tmp_path: Path, before: bool, posterior: str, streamed: bool) -> None:
-    """Again and again, until there is nothing more to make: the cache is that of a run left in peace, to the last byte."""
-    whole = build_cache(tmp_path / "whole", dealt() if streamed else given(), Encoder(), SIZE, part=8, posterior=posterior)
+    """Again and again, until there is nothing more to make: the cache is that of a run left in peace, to the last
+    byte.
+    """
+    whole = build_cache(
+        tmp_path / "whole", dealt() if streamed else given(), Encoder(), SIZE, part=8, posterior=posterior
+    )
     queue = PROCESSES.SimpleQueue()
-    process = PROCESSES.Process(target=_killed_again_and_again, args=(queue, tmp_path / "parts", posterior, before, streamed))
+    process = PROCESSES.Process(
+        target=_killed_again_and_again, args=(queue, tmp_path / "parts", posterior, before, streamed)
+    )
     process.start()
     killed, code = queue.get()
     process.join()
@@ -448,7 +513,9 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
     place = tmp_path / "full" / whole.folder.name
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
     assert contents(place).items() <= contents(whole.folder).items()
-    assert contents(build_cache(tmp_path / "full", given(), Encoder(), SIZE, part=16, posterior="sample").folder) == contents(whole.folder)
+    assert contents(
+        build_cache(tmp_path / "full", given(), Encoder(), SIZE, part=16, posterior="sample").folder
+    ) == contents(whole.folder)
 
 
 def test_too_small_a_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,20 +532,26 @@ def test_too_small_a_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_foreign_caches(tmp_path: Path) -> None:
-    """Another model, size or data set gets a folder of its own; one under a foreign name is refused with what differs; a damaged one is found."""
+    """Another model, size or data set gets a folder of its own; one under a foreign name is refused with what
+    differs; a damaged one is found.
+    """
     ours = build_cache(tmp_path, given(), Encoder(), SIZE)
     theirs = build_cache(tmp_path, given(), Encoder("two"), SIZE)
     assert ours.folder != theirs.folder and len(list(tmp_path.iterdir())) == 2
     shutil.rmtree(ours.folder)
     theirs.folder.rename(ours.folder)
-    with pytest.raises(ValueError, match=r"made of something else: text is 'two' there, 'one' here; vae is 'two' there, 'one' here"):
+    with pytest.raises(
+        ValueError, match=r"made of something else: text is 'two' there, 'one' here; vae is 'two' there, 'one' here"
+    ):
         build_cache(tmp_path, given(), Encoder(), SIZE)
     with pytest.raises(ValueError, match="is not what its name says"):
         CachedCaptions(ours.folder)
     theirs = build_cache(tmp_path, given(), Encoder("two"), SIZE)
     path = theirs.folder / "part-00000-00000" / "latents.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00" if path.read_bytes()[-1] else path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match="latents.npy in .* is damaged .* delete the folder part-00000-00000 and build the cache again"):
+    with pytest.raises(
+        ValueError, match="latents.npy in .* is damaged .* delete the folder part-00000-00000 and build the cache again"
+    ):
         theirs.verify()
     shutil.rmtree(path.parent)
     with pytest.raises(ValueError, match="part-00000-00000 is missing"):
@@ -489,7 +562,9 @@ def test_foreign_caches(tmp_path: Path) -> None:
 def test_skipped_while_caching(tmp_path: Path) -> None:
     """The limit holds over all parts, for a run that goes on, and for a cache that is there."""
     broken = (3, 17, 33)
-    with pytest.raises(ValueError, match="3 items cannot be used, and skip_limit is 2: picture-3 .*; picture-17 .*; picture-33"):
+    with pytest.raises(
+        ValueError, match="3 items cannot be used, and skip_limit is 2: picture-3 .*; picture-17 .*; picture-33"
+    ):
         build_cache(tmp_path, given(broken=broken, skip_limit=2), Encoder(), SIZE, part=8)
     with pytest.raises(ValueError, match="skip_limit is 1"):
         build_cache(tmp_path, given(broken=broken, skip_limit=1), Encoder(), SIZE, part=8)
@@ -507,7 +582,9 @@ def test_what_half_precision_cannot_hold(tmp_path: Path) -> None:
     """Is refused, with the remedy; captions that were cut are counted once, over all."""
     large = Encoder()
     large.encode_prompts = lambda prompts: torch.full((len(prompts), 2, 2), 1e6)
-    with pytest.raises(ValueError, match="embeddings reach 1e[+]06, more than float16 can hold: ask for dtype='float32'"):
+    with pytest.raises(
+        ValueError, match="embeddings reach 1e[+]06, more than float16 can hold: ask for dtype='float32'"
+    ):
         build_cache(tmp_path, given(), large, SIZE)
     assert build_cache(tmp_path, given(), large, SIZE, dtype="float32").conditions(np.arange(2)).max() == 1e6
     entries = [Entry(str(i), f"{i}" + " and so on" * (10 * (i % 2) + 1)) for i in range(30)]
@@ -534,7 +611,9 @@ def _reading(folder: Path, told: "PROCESSES.SimpleQueue") -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
 def test_memory_mapped(tmp_path: Path) -> None:
-    """Of 21 MB of latents a reader has in memory what it read and its neighbourhood, none of it its own; nor does it keep 600 files open."""
+    """Of 21 MB of latents a reader has in memory what it read and its neighbourhood, none of it its own; nor does
+    it keep 600 files open.
+    """
     data = build_cache(tmp_path, given(320), Encoder(side=128, channels=1), SIZE, part=1, dtype="float32")
     assert sum(path.stat().st_size for path in data.folder.rglob("latents.npy")) > 320 * 4 * 128 * 128
     queue = PROCESSES.SimpleQueue()
@@ -552,12 +631,29 @@ def test_memory_mapped(tmp_path: Path) -> None:
 
 def _shared(rank: int, port: int, folder: Path, which: str, output: Path) -> None:
     """One of two processes that build a cache together."""
-    os.environ.update({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ.update(
+        {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+    )
     torch.set_num_threads(1)
     made = []
     replace = os.replace
-    files.os.replace = lambda source, place: (made.append(Path(place).name) if ".writing-" in Path(source).name else None, replace(source, place))[1]
-    items = {"list": given, "shards": dealt, "broken": lambda: given(broken=(12,)), "different": lambda: given(40 + rank)}[which]()
+    files.os.replace = lambda source, place: (
+        made.append(Path(place).name) if ".writing-" in Path(source).name else None,
+        replace(source, place),
+    )[1]
+    items = {
+        "list": given,
+        "shards": dealt,
+        "broken": lambda: given(broken=(12,)),
+        "different": lambda: given(40 + rank),
+    }[which]()
     try:
         build_cache(folder, items, Encoder(), SIZE, part=8, accelerator=make_accelerator("cpu"))
         (output / str(rank)).write_text(json.dumps(made))
@@ -569,7 +665,10 @@ def both(tmp_path: Path, which: str) -> list[str]:
     """What two processes say."""
     output, port = tmp_path / "output", free_port()
     output.mkdir()
-    processes = [PROCESSES.Process(target=_shared, args=(rank, port, tmp_path / "two", which, output), daemon=True) for rank in range(2)]
+    processes = [
+        PROCESSES.Process(target=_shared, args=(rank, port, tmp_path / "two", which, output), daemon=True)
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -593,11 +692,17 @@ def test_where_one_fails_both_do(tmp_path: Path) -> None:
     """The second process meets a broken picture: both say so, and none waits for the other."""
     first, second = both(tmp_path, "broken")
     assert "picture-12 (OSError: a broken one)" in second and second.startswith("ValueError")
-    assert first.startswith("RuntimeError") and "another process failed: process 1: ValueError: 1 items cannot be used" in first
+    assert (
+        first.startswith("RuntimeError")
+        and "another process failed: process 1: ValueError: 1 items cannot be used" in first
+    )
 
 
 def test_processes_must_see_the_same_data(tmp_path: Path) -> None:
-    assert all("the processes do not see the same data or model: data: given is 40 there, 41 here" in said for said in both(tmp_path, "different"))
+    assert all(
+        "the processes do not see the same data or model: data: given is 40 there, 41 here" in said
+        for said in both(tmp_path, "different")
+    )
 
 
 def test_doctor_looks_at_the_data(tmp_path: Path) -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ddil"
-FLOORS = [("words", "files"), ("forms",), ("diffusion",), ("solvers",), ("rollins",), ("methods", "measure"), ("training",),
-          ("models",), ("datasets",), ("distil",), ("lab",), ("cli", "benchmarks")]
+FLOORS = [
+    ("words", "files"),
+    ("forms",),
+    ("diffusion",),
+    ("solvers",),
+    ("rollins",),
+    ("methods", "measure"),
+    ("training",),
+    ("models",),
+    ("datasets",),
+    ("distil",),
+    ("lab",),
+    ("cli", "benchmarks"),
+]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -40,7 +53,9 @@ def test_imports_point_down() -> None:
 
 def test_every_module_has_a_room() -> None:
     """The root holds the face, the command line and what every room uses; all else has a room."""
-    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    found = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()
+    }
     assert found == FLOOR.keys() | {"__init__", "_modidx"}
 
 
@@ -51,3 +66,20 @@ def test_methods_and_roll_ins_do_not_know_each_other() -> None:
         assert {name.split(".")[2] for _, name in imports(path) if name.startswith("ddil.rollins.")} <= shared, path
     for path in PACKAGE.glob("rollins/*.py"):
         assert not [name for _, name in imports(path) if name.startswith("ddil.methods")], path
+
+
+def code(path: Path) -> list[str]:
+    """The lines of code of a module or a notebook."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8").splitlines()
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+
+
+def test_lines_are_short() -> None:
+    """No line of code is wider than 120 columns, in notebooks and tests alike."""
+    root = PACKAGE.parent
+    patterns = ("index.ipynb", "nbs/*/*.ipynb", "experiments/*.ipynb", "tests/**/*.py", "tools/*.py")
+    paths = [path for pattern in patterns for path in root.glob(pattern)]
+    wide = [f"{path.relative_to(root)}: {line[:60]}…" for path in paths for line in code(path) if len(line) > 120]
+    assert not wide, "\n".join(wide)

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in [*ROOT.glob("*.ipynb"), *ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("experiments/**/*.ipynb")]
-                   if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    p
+    for p in [*ROOT.glob("*.ipynb"), *ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("experiments/**/*.ipynb")]
+    if ".ipynb_checkpoints" not in p.parts
+)
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|tmp|mnt|work|usr|opt|var|private)/\w|\b[A-Z]:\\\\?Users\b")
 
 # Each module is imported as the first of the package; what other packages bring along stays loaded.
@@ -40,9 +43,13 @@ def name(path: Path) -> str:
 def nbdev(command: str, *arguments: str, cwd: Path) -> None:
     """Run one of nbdev's commands. Where IN_TEST is set nbdev_export does nothing, and says nothing."""
     env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
-    done = subprocess.run([Path(sysconfig.get_path("scripts"), command), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sysconfig.get_path("scripts"), command), *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
     # nbdev_clean only warns of a notebook that it cannot read
-    assert done.returncode == 0 and "Failed to clean" not in done.stderr, f"{command} failed:\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0 and "Failed to clean" not in done.stderr, (
+        f"{command} failed:\n{done.stdout}{done.stderr}"
+    )
 
 
 def files(root: Path, *patterns: str) -> dict[str, bytes]:
@@ -60,7 +67,9 @@ def differences(fresh: dict[str, bytes], stored: dict[str, bytes]) -> list[str]:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout with modules exported anew and notebooks cleaned, as `make export` does it."""
     copy = tmp_path_factory.mktemp("fresh")
-    listed = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True)
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    )
     for path in filter(None, listed.split("\0")):
         if (ROOT / path).is_file():
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +89,9 @@ def test_modules_are_in_step(fresh: Path) -> None:
     exported = files(fresh, "ddil/**/*.py")
     assert len(exported) > 2, "no notebook exports anything"
     stale = differences(exported, files(ROOT, "ddil/**/*.py"))
-    assert not stale, f"out of step with nbs/: {', '.join(stale)}; run `make export` (edit the notebook, never the module)"
+    assert not stale, (
+        f"out of step with nbs/: {', '.join(stale)}; run `make export` (edit the notebook, never the module)"
+    )
 
 
 def test_notebooks_are_clean(fresh: Path) -> None:
@@ -98,9 +109,14 @@ def test_readme_is_in_step() -> None:
 
 def test_modules_import_alone() -> None:
     """Every module imports as the first of the package, and without the tools that only developers have."""
-    modules = [name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sorted(ROOT.glob("ddil/**/*.py"))]
+    modules = [
+        name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in sorted(ROOT.glob("ddil/**/*.py"))
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *modules], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, *modules], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{done.stderr}\nmend the exported imports in the notebook, then `make export`"
 
 
@@ -117,7 +133,16 @@ def texts(notebook: Path) -> Iterator[str]:
 def test_notebook_is_free_of_traces(notebook: Path) -> None:
     """No notebook shows an error or a path of the machine it ran on."""
     paths = [line.strip() for text in texts(notebook) for line in text.splitlines() if MACHINE_PATH.search(line)]
-    assert not paths, f"{name(notebook)} names a path of one machine: {paths[0]!r}; run it again without, then `make export`"
-    outputs = [output for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", [])]
-    failed = any(o["output_type"] == "error" or "Traceback (most recent call last)" in "".join(o.get("text", [])) for o in outputs)
+    assert not paths, (
+        f"{name(notebook)} names a path of one machine: {paths[0]!r}; run it again without, then `make export`"
+    )
+    outputs = [
+        output
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        for output in cell.get("outputs", [])
+    ]
+    failed = any(
+        o["output_type"] == "error" or "Traceback (most recent call last)" in "".join(o.get("text", []))
+        for o in outputs
+    )
     assert not failed, f"{name(notebook)} stores an error; mend the cell, run the notebook again, then `make export`"

@@ -1,4 +1,6 @@
-"""Prompt inversion: the right words are found where they are known, control tokens never, and the experiment runs, goes on, and refuses what it cannot use."""
+"""Prompt inversion: the right words are found where they are known, control tokens never, and the experiment runs,
+goes on, and refuses what it cannot use.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,11 @@ class Columns(nn.Module):
     def __init__(self, prediction: str):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.prediction, self.config, self.device = prediction, FrozenDict(in_channels=2, block_out_channels=(1,)), torch.device("cpu")
+        self.prediction, self.config, self.device = (
+            prediction,
+            FrozenDict(in_channels=2, block_out_channels=(1,)),
+            torch.device("cpu"),
+        )
 
     def picture(self, embeddings: Tensor) -> Tensor:
         return embeddings[:, 1:9].transpose(1, 2).unflatten(1, (2, 8))
@@ -63,12 +69,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 def exact(tokenizer: CLIPTokenizer, prediction: str = "epsilon") -> TextToImage:
     """A model whose pictures spell their prompts."""
     network = Columns({"epsilon": "eps", "v_prediction": "v"}[prediction])
-    model = TextToImage(network, {**SCHEDULER, "prediction_type": prediction}, Prompts([tokenizer], [Lookup(len(tokenizer))]))
+    model = TextToImage(
+        network, {**SCHEDULER, "prediction_type": prediction}, Prompts([tokenizer], [Lookup(len(tokenizer))])
+    )
     network.schedule = model.schedule
     return model
 
 
-RATES = {"gradient": {"learning_rate": 10.0, "updates": 60}, "adam": {"learning_rate": 0.1, "updates": 60}, "lbfgs": {"updates": 12}}
+RATES = {
+    "gradient": {"learning_rate": 10.0, "updates": 60},
+    "adam": {"learning_rate": 0.1, "updates": 60},
+    "lbfgs": {"updates": 12},
+}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -77,7 +89,15 @@ def test_the_known_words_are_found(tokenizer: CLIPTokenizer, optimizer: str, pre
     """By each optimiser, whatever the network predicts; the best of several starts, and better than no prompt."""
     model, text = exact(tokenizer, prediction), "four pink squares below a blue circle"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    found = find_prompt(model, model.network.picture(prompt_conditions(model, [ids])), tokens=len(ids), optimizer=optimizer, batch=1, restarts=2, **RATES[optimizer])
+    found = find_prompt(
+        model,
+        model.network.picture(prompt_conditions(model, [ids])),
+        tokens=len(ids),
+        optimizer=optimizer,
+        batch=1,
+        restarts=2,
+        **RATES[optimizer],
+    )
     assert (found.ids, found.text, found.reads_back) == (ids, text, True)
     assert found.held_out == min(found.restarts) < 1e-8 and found.empty > 0.05
 
@@ -90,7 +110,11 @@ def test_control_tokens_are_never_chosen(tokenizer: CLIPTokenizer) -> None:
     chosen = {i for ids in found.trace for i in ids}
     assert not chosen & set(control) and len(chosen) > 4
     few = vocabulary(tokenizer, words=True)[::7]
-    assert {i for ids in find_prompt(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2, allowed=few).trace for i in ids} <= set(few.tolist())
+    assert {
+        i
+        for ids in find_prompt(model, picture, tokens=4, updates=40, learning_rate=20.0, batch=2, allowed=few).trace
+        for i in ids
+    } <= set(few.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +123,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_update_is_the_gradient_at_the_words(tiny: Path) -> None:
-    """Embeddings that are not words move by the gradient that autograd finds, through encoder and U-Net, for the nearest words' own rows."""
+    """Embeddings that are not words move by the gradient that autograd finds, through encoder and U-Net, for the
+    nearest words' own rows.
+    """
     model = TextToImage.load(tiny)
     tokenizer, rate = model.tokenizers[0], 0.5
     search = PromptSearch(model, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), (0.5, 0.9))
@@ -113,9 +139,9 @@ def test_an_update_is_the_gradient_at_the_words(tiny: Path) -> None:
     table = model.text_encoders[0].get_input_embeddings().weight.requires_grad_()
     framed = tokenizer(["two green triangles"], padding="max_length", max_length=16, return_tensors="pt").input_ids
     cond = model.text_encoders[0](framed)[0].expand(3, -1, -1)
-    output = model.network(draw.z, draw.t.float() * 1000 - 1, cond).sample                            # this network predicts the noise
+    output = model.network(draw.z, draw.t.float() * 1000 - 1, cond).sample  # this network predicts the noise
     expected = (output - draw.eps).square().mean()
-    gradient, = torch.autograd.grad(expected, table)
+    (gradient,) = torch.autograd.grad(expected, table)
     torch.testing.assert_close(loss, expected.item())
     assert gradient[ids].abs().min() > 0
     torch.testing.assert_close(before - descent.free.detach(), rate * gradient[ids], rtol=1e-3, atol=1e-6)
@@ -130,7 +156,12 @@ def test_the_result_depends_on_the_seed_alone(tiny: Path) -> None:
         torch.manual_seed(state)
         runs.append(find_prompt(model, picture, tokens=3, updates=4, optimizer="adam", batch=2, seed=seed))
     assert runs[0] == runs[1] and runs[0].loss != runs[2].loss
-    assert all(torch.equal(one, other) for one, other in zip(before, (value for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values())))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(
+            before, (value for part in (model.network, model.text_encoders[0]) for value in part.state_dict().values())
+        )
+    )
 
 
 def judges(folder: Path, tokenizer: CLIPTokenizer) -> dict[str, str]:
@@ -138,21 +169,46 @@ def judges(folder: Path, tokenizer: CLIPTokenizer) -> dict[str, str]:
     torch.manual_seed(0)
     SceneReader(4).save_pretrained(folder / "reader", safe_serialization=True)
     tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
-    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=8)).save_pretrained(folder / "clip", safe_serialization=True)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "clip")
+    text = dict(
+        tower,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=8)
+    ).save_pretrained(folder / "clip", safe_serialization=True)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "clip"
+    )
     write_tokenizer(folder / "clip")
     return {name: str(folder / name) for name in ("reader", "clip")}
 
 
 def test_the_experiment(tiny: Path, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """It refuses a student that is not there before anything is searched; interrupted after the inversion it goes on with the prompts on disk, to the table."""
+    """It refuses a student that is not there before anything is searched; interrupted after the inversion it goes
+    on with the prompts on disk, to the table.
+    """
     notebook, output = ROOT / "experiments/prompt_inversion.ipynb", tmp_path / "out"
-    parameters = {"model": str(tiny), **judges(tmp_path, tokenizer), "count": 2, "tokens": 3, "updates": 2, "restarts": 1, "batch": 2, "per_prompt": 2, "teacher_steps": 2, "few_steps": 1, "output": str(output)}
+    parameters = {
+        "model": str(tiny),
+        **judges(tmp_path, tokenizer),
+        "count": 2,
+        "tokens": 3,
+        "updates": 2,
+        "restarts": 1,
+        "batch": 2,
+        "per_prompt": 2,
+        "teacher_steps": 2,
+        "few_steps": 1,
+        "output": str(output),
+    }
     refused = alone(run_experiment, notebook, {**parameters, "students": {"PD": str(tmp_path / "nowhere")}})
     assert "FileNotFoundError" in refused and "nowhere" in refused and not output.exists()
 
-    (output / "inverted.png").mkdir(parents=True)                                                  # in the way of the first figure
+    (output / "inverted.png").mkdir(parents=True)  # in the way of the first figure
     assert "inverted.png" in alone(run_experiment, notebook, parameters)
     prompts = sorted((output / "prompts").iterdir())
     kept = [path.stat().st_mtime_ns for path in prompts]
@@ -162,5 +218,9 @@ def test_the_experiment(tiny: Path, tokenizer: CLIPTokenizer, tmp_path: Path) ->
     assert not alone(run_experiment, notebook, parameters)
     assert [path.stat().st_mtime_ns for path in sorted((output / "prompts").iterdir())] == kept
     found = read_results(output / "results.json")
-    assert {(row["arm"], row["n"]) for row in found["rows"] if row["metric"] == "diversity"} == {("teacher, 2 steps", 2), ("teacher, 1 steps", 2), ("teacher, 2 steps, own captions", 2)}
+    assert {(row["arm"], row["n"]) for row in found["rows"] if row["metric"] == "diversity"} == {
+        ("teacher, 2 steps", 2),
+        ("teacher, 1 steps", 2),
+        ("teacher, 2 steps, own captions", 2),
+    }
     assert {"CLIP similarity", "all right"} <= {row["metric"] for row in found["rows"]}

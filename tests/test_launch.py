@@ -1,4 +1,6 @@
-"""A text-to-image student on two processes, whole on each or in shares: it learns what one process learns, resumes where it was, and failures are told."""
+"""A text-to-image student on two processes, whole on each or in shares: it learns what one process learns, resumes
+where it was, and failures are told.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,41 @@ from ddil.training.settings import Settings
 from ddil.training.checkpoints import latest_checkpoint
 from ddil.training.trainer import moments_of, Trainer
 
-ROUNDING = 2e-5  # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by 0.001 and more
-SETTINGS: dict[str, Any] = {"updates": 4, "batch": 8, "learning_rate": 1e-3, "warm_up": 2, "ema": 0.9, "accumulate": 2, "checkpoint_every": 2, "log_every": 1, "gradient_checkpointing": True}
+# Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by
+# 0.001 and more
+ROUNDING = 2e-5
+SETTINGS: dict[str, Any] = {
+    "updates": 4,
+    "batch": 8,
+    "learning_rate": 1e-3,
+    "warm_up": 2,
+    "ema": 0.9,
+    "accumulate": 2,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "gradient_checkpointing": True,
+}
 
 
 def student_of(frozen: bool = False) -> TextDenoiser:
     """A small U-Net of Stable Diffusion's class with random weights; `frozen`: only its last layer learns."""
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
-    network = UNet2DConditionModel(8, 4, 4, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4, **blocks)
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": None,
+    }
+    network = UNet2DConditionModel(
+        8,
+        4,
+        4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        **blocks,
+    )
     student = TextDenoiser(network, Cosine(), "v", null_embedding=torch.randn(3, 8))
     if frozen:
         network.requires_grad_(False).conv_out.requires_grad_(True)
@@ -78,14 +106,28 @@ METHODS: dict[str, Callable[[Teacher], Method]] = {
 }
 
 
-def trainer(folder: Path | None = None, method: str = "progressive", frozen: bool = False, mixing: str = "batch", progress: Any = iter, **changes: Any) -> Trainer:
+def trainer(
+    folder: Path | None = None,
+    method: str = "progressive",
+    frozen: bool = False,
+    mixing: str = "batch",
+    progress: Any = iter,
+    **changes: Any,
+) -> Trainer:
     """A run on random latents and embeddings, with DDIL's states."""
     accelerator, settings, student = make_accelerator("cpu"), Settings(**{**SETTINGS, **changes}), student_of(frozen)
-    teacher = Teacher(Guided(student_of().requires_grad_(False), 2.0), uniform_grid(4), 2, look=1 if method == "consistency" else None)
-    source, rng = Source(settings.seed, Shard(accelerator.process_index, accelerator.num_processes)), torch.Generator().manual_seed(1)
+    teacher = Teacher(
+        Guided(student_of().requires_grad_(False), 2.0), uniform_grid(4), 2, look=1 if method == "consistency" else None
+    )
+    source, rng = (
+        Source(settings.seed, Shard(accelerator.process_index, accelerator.num_processes)),
+        torch.Generator().manual_seed(1),
+    )
     data = TensorData(torch.randn(64, 4, 8, 8, generator=rng), torch.randn(64, 3, 8, generator=rng))
     walks = {"solver": consistency} if method == "consistency" else {}
-    states = DDIL((0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25)  # little reuse: each process also collects single rows
+    states = DDIL(
+        (0.5, 0.5), mixing=mixing, capacity=64, reuse=0.25
+    )  # little reuse: each process also collects single rows
     rollin = states.states(student, teacher, data, (4, 8, 8), settings.updates, settings.batch, source, **walks)
     ask = METHODS[method](teacher)
     return Trainer(student, ask, rollin, settings, folder, accelerator, progress)
@@ -96,7 +138,11 @@ def learnt(run: Trainer) -> dict[str, Tensor]:
     live = {name: kept(network) for name, network in run.learners.networks.items()}
     live |= {"finished": run.finished().state_dict(), "optimiser": moments_of(run.learners)["optimizer-student"]}
     live |= {name: kept(follower.network, run.student) for name, follower in run.learners.followers.items()}
-    return {f"{part} {name}": run.distribution.gathered(value) for part, tensors in live.items() for name, value in tensors.items()}
+    return {
+        f"{part} {name}": run.distribution.gathered(value)
+        for part, tensors in live.items()
+        for name, value in tensors.items()
+    }
 
 
 def stopping(steps: Iterable[int]) -> Iterator[int]:
@@ -107,7 +153,9 @@ def stopping(steps: Iterable[int]) -> Iterator[int]:
         yield step
 
 
-def _train(environment: dict[str, str], folder: Path | None, file: Path, interrupt: bool, options: dict[str, Any]) -> None:
+def _train(
+    environment: dict[str, str], folder: Path | None, file: Path, interrupt: bool, options: dict[str, Any]
+) -> None:
     """What a forked process does: train, and write what was learnt."""
     output = os.open(file.with_suffix(f".{environment['RANK']}.txt"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
@@ -123,10 +171,26 @@ def _train(environment: dict[str, str], folder: Path | None, file: Path, interru
     run.accelerator.end_training()
 
 
-def together(distribution: str, file: Path, folder: Path | None = None, interrupt: bool = False, **options: Any) -> dict[str, Tensor]:
+def together(
+    distribution: str, file: Path, folder: Path | None = None, interrupt: bool = False, **options: Any
+) -> dict[str, Tensor]:
     """What two processes learn under a distribution."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port()), "EXPECTED": distribution, **VARIABLES[distribution]}
-    runs = [PROCESSES.Process(target=_train, args=({**shared, "RANK": rank, "LOCAL_RANK": rank}, folder, file, interrupt, options), daemon=True) for rank in ("0", "1")]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(tiny.free_port()),
+        "EXPECTED": distribution,
+        **VARIABLES[distribution],
+    }
+    runs = [
+        PROCESSES.Process(
+            target=_train,
+            args=({**shared, "RANK": rank, "LOCAL_RANK": rank}, folder, file, interrupt, options),
+            daemon=True,
+        )
+        for rank in ("0", "1")
+    ]
     for run in runs:
         run.start()
     for run in runs:
@@ -138,11 +202,19 @@ def together(distribution: str, file: Path, folder: Path | None = None, interrup
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Uninterrupted runs of two processes by distribution (what was learnt, and the folder), and what one process learns."""
+    """Uninterrupted runs of two processes by distribution (what was learnt, and the folder), and what one process
+    learns.
+    """
     place = tmp_path_factory.mktemp("runs")
     alone = trainer(place / "alone").fit()
-    made: dict[str, Any] = {name: (together(name, place / f"{name}.safetensors", place / name), place / name) for name in VARIABLES}
-    return {**made, "alone": (learnt(alone), place / "alone"), "start": {f"student {name}": value for name, value in kept(student_of()).items()}}
+    made: dict[str, Any] = {
+        name: (together(name, place / f"{name}.safetensors", place / name), place / name) for name in VARIABLES
+    }
+    return {
+        **made,
+        "alone": (learnt(alone), place / "alone"),
+        "start": {f"student {name}": value for name, value in kept(student_of()).items()},
+    }
 
 
 # Holding and learning
@@ -153,8 +225,14 @@ def test_two_processes_learn_what_one_does(distribution: str, launched: dict[str
     """Raw and averaged weights and Adam's moments: to rounding, which is far less than what was learnt."""
     one, two = launched["alone"][0], launched[distribution][0]
     assert tiny.largest_difference(one, two) < ROUNDING
-    moved = [(one[name] - value).abs().max().item() for name, value in launched["start"].items() if "null_embedding" not in name]
-    assert min(moved) > 50 * ROUNDING and any(not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of()))
+    moved = [
+        (one[name] - value).abs().max().item()
+        for name, value in launched["start"].items()
+        if "null_embedding" not in name
+    ]
+    assert min(moved) > 50 * ROUNDING and any(
+        not torch.equal(one[f"student {name}"], one[f"finished {name}"]) for name in kept(student_of())
+    )
 
 
 @pytest.mark.parametrize("distribution", VARIABLES)
@@ -163,10 +241,16 @@ def test_it_resumes_where_it_was(distribution: str, launched: dict[str, Any], tm
     half = together(distribution, tmp_path / "half.safetensors", tmp_path / "run", interrupt=True)
     assert latest_checkpoint(tmp_path / "run").name == "update-00000002"
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    whole, resumed = launched[distribution][0], together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run")
+    whole, resumed = (
+        launched[distribution][0],
+        together(distribution, tmp_path / "resumed.safetensors", tmp_path / "run"),
+    )
     assert tiny.largest_difference(resumed, whole) == 0 < tiny.largest_difference(half, whole)
     if distribution != "ddp":  # a checkpoint is whole, so the run may go on under another distribution
-        assert tiny.largest_difference(together("ddp", tmp_path / "other.safetensors", tmp_path / "copy"), whole) < ROUNDING
+        assert (
+            tiny.largest_difference(together("ddp", tmp_path / "other.safetensors", tmp_path / "copy"), whole)
+            < ROUNDING
+        )
 
 
 def test_a_checkpoint_is_whole_under_every_distribution(launched: dict[str, Any]) -> None:
@@ -195,7 +279,10 @@ def test_samples_draw_their_drivers_under_zero2(tmp_path: Path) -> None:
 
 def test_two_networks_under_zero2(tmp_path: Path) -> None:
     """A network beside the student learns in turns with it what it learns on one process."""
-    one, two = learnt(trainer(method="imitated").fit()), together("zero2", tmp_path / "out.safetensors", method="imitated")
+    one, two = (
+        learnt(trainer(method="imitated").fit()),
+        together("zero2", tmp_path / "out.safetensors", method="imitated"),
+    )
     assert {name.split()[0] for name in two} == {"student", "finished", "optimiser", "copy"}
     assert tiny.largest_difference(one, two) < ROUNDING
 
@@ -206,7 +293,9 @@ def test_frozen_weights_are_not_in_the_checkpoint(tmp_path: Path) -> None:
     saved = read_tensors(latest_checkpoint(tmp_path) / "network-student.safetensors")
     assert saved.keys() == {"network.conv_out.weight", "network.conv_out.bias", "null_embedding"}
     assert all(torch.equal(value, run.student.state_dict()[name]) for name, value in saved.items())
-    assert {name.split(".")[0] for name in read_tensors(latest_checkpoint(tmp_path) / "optimizer-student.safetensors")} == {"0", "1"}
+    assert {
+        name.split(".")[0] for name in read_tensors(latest_checkpoint(tmp_path) / "optimizer-student.safetensors")
+    } == {"0", "1"}
     assert tiny.largest_difference(learnt(trainer(tmp_path, frozen=True)), learnt(run)) == 0
     with pytest.raises(ValueError, match="belongs to another run: parameters"):
         trainer(tmp_path)
@@ -237,7 +326,9 @@ def test_eight_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def module(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> str:
     """A module of that source which launched processes can import."""
-    (folder / "launched.py").write_text(f"import os, sys, time\nfrom pathlib import Path\nrank, task = os.environ['RANK'], Path(sys.argv[1])\n{source}")
+    (folder / "launched.py").write_text(
+        f"import os, sys, time\nfrom pathlib import Path\nrank, task = os.environ['RANK'], Path(sys.argv[1])\n{source}"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     return "launched"
 
@@ -251,7 +342,12 @@ def running(pid: int) -> bool:
 
 def test_a_failing_process_is_told_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error holds the last lines of the one that failed; the other does not go on alone."""
-    name = module(tmp_path, monkeypatch, "(task / rank).write_text(str(os.getpid()))\nif rank == '1':\n    raise ValueError('no latents for row 17')\ntime.sleep(600)\n")
+    name = module(
+        tmp_path,
+        monkeypatch,
+        "(task / rank).write_text(str(os.getpid()))\nif rank == '1':\n    raise "
+        "ValueError('no latents for row 17')\ntime.sleep(600)\n",
+    )
     with pytest.raises(RuntimeError, match="ValueError: no latents for row 17"):
         launch(tmp_path, name, processes=2, device="cpu")
     assert not running(int((tmp_path / "0").read_text()))
@@ -265,7 +361,12 @@ def _launch(folder: Path, name: str, path: str) -> None:
 
 def test_an_interrupted_launch_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted like a cell of a notebook, it ends the processes that it started."""
-    name = module(tmp_path, monkeypatch, "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n(task / rank).write_text(str(os.getpid()))\ntime.sleep(600)\n")
+    name = module(
+        tmp_path,
+        monkeypatch,
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n(task / "
+        "rank).write_text(str(os.getpid()))\ntime.sleep(600)\n",
+    )
     launcher = PROCESSES.Process(target=_launch, args=(tmp_path, name, os.environ["PYTHONPATH"]))
     launcher.start()
     end = time.monotonic() + tiny.DEADLINE

@@ -12,12 +12,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"help", "venv", "demo", "test", "lab", "export", "readme", "bench", "bench-gpu", "teacher", "scenes", "text2image", "reference", "test-slurm", "report", "site", "clean"}
+TARGETS = {
+    "help",
+    "venv",
+    "demo",
+    "test",
+    "lab",
+    "export",
+    "readme",
+    "bench",
+    "bench-gpu",
+    "teacher",
+    "scenes",
+    "text2image",
+    "reference",
+    "test-slurm",
+    "report",
+    "site",
+    "clean",
+}
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run make, untouched by the make that may have started these tests."""
-    env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "VENV"}}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "VENV"}
+    }
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -75,10 +97,13 @@ def test_shared_environment_gets_dependencies_only(clone: Path) -> None:
     """An environment from elsewhere is given all requirements, and no editable install of this clone."""
     python = clone / "other/bin/python"
     as_other = f"import sys; sys.executable = '{python}'; exec(sys.argv[2])"
-    script(python, f"""
+    script(
+        python,
+        f"""
 if [ "$1" = -m ]; then echo "$@" >> "{clone}/pip"
 else exec "{sys.executable}" -c "{as_other}" "$@"
-fi""")
+fi""",
+    )
     done = make("VENV=other", "venv", cwd=clone)
     assert done.returncode == 0, done.stderr
     arguments, reference = (line.split() for line in (clone / "pip").read_text().splitlines())
@@ -88,12 +113,16 @@ fi""")
 
 
 def test_own_environment_is_editable(clone: Path) -> None:
-    """The clone's own environment is given this clone, editable, with its extra requirements, and k-diffusion without its own."""
+    """The clone's own environment is given this clone, editable, with its extra requirements, and k-diffusion
+    without its own.
+    """
     script(clone / ".venv/bin/python", 'echo "$@" >> pip')
     done = make("VENV=.venv", "venv", cwd=clone)
     assert done.returncode == 0, done.stderr
     assert (clone / "pip").read_text().splitlines() == [
-        "-m pip install --quiet --editable .[dev]", "-m pip install --quiet --no-deps k-diffusion==0.1.1.post1"]
+        "-m pip install --quiet --editable .[dev]",
+        "-m pip install --quiet --no-deps k-diffusion==0.1.1.post1",
+    ]
 
 
 def test_old_python_is_refused(clone: Path) -> None:

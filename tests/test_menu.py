@@ -127,8 +127,7 @@ def test_it_leaves_a_student(problem: str, name: str, run_of: Callable[[str, str
 
 
 @pytest.mark.parametrize("name", MENU)
-def test_a_student_that_is_there_is_not_trained_again(
-        name: str, run_of: Callable[[str, str], dict[str, Any]]) -> None:
+def test_a_student_that_is_there_is_not_trained_again(name: str, run_of: Callable[[str, str], dict[str, Any]]) -> None:
     """The same command finds all stages done and leaves the same student."""
     values = run_of("atoms", name)
     output = Path(values["output"])
@@ -143,15 +142,20 @@ def test_a_student_that_is_there_is_not_trained_again(
 
 REFUSED = {"unbiased-score": "conditions that many samples share", "add": "a network that a judge may look through"}
 INPUTS = {"ctm": "adapters on a shared network take no further inputs"}
-SAVED = {"reflow": "a Rescheduled wrapper", "instaflow": "a Rescheduled wrapper", "ctm": "further inputs, end",
-         "there-and-back": "and the student at t = "}
+SAVED = {
+    "reflow": "a Rescheduled wrapper",
+    "instaflow": "a Rescheduled wrapper",
+    "ctm": "further inputs, end",
+    "there-and-back": "and the student at t = ",
+}
 OF_TEXT = [(name, "full") for name in MENU if name not in REFUSED]
 OF_TEXT += [(name, "lora") for name in MENU if name not in {**REFUSED, **INPUTS}]
 
 
 @pytest.mark.parametrize(("name", "adapters"), OF_TEXT)
 def test_a_text_to_image_student(
-        name: str, adapters: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name: str, adapters: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It leaves as a pipeline that plain diffusers draws with, or, where diffusers cannot, with the reason."""
     stages = STAGES[MENU[name].steps]
     assert distilled(asked(name, tmp_path, **text, **(LORA if adapters == "lora" else {}))) == 0
@@ -219,7 +223,8 @@ NO: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", NO)
 def test_the_doctor_refuses_what_the_job_refuses(
-        case: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The reason is the same sentence in both, and nothing is computed."""
     name, changes, reason = NO[case]
     problem = {} if "problem" in changes else text
@@ -328,8 +333,11 @@ def every_option(name: str) -> dict[str, Any]:
     return {**values, "betas": (0.5, 0.9), "ema": None, "learning_rate": 1e-5, "gradient_checkpointing": True}
 
 
-@pytest.mark.parametrize("form", [*(entry.options for entry in MENU.values()),
-                                  *(kind.form for kind in KINDS_OF_PROBLEM.values())], ids=lambda form: form.__name__)
+@pytest.mark.parametrize(
+    "form",
+    [*(entry.options for entry in MENU.values()), *(kind.form for kind in KINDS_OF_PROBLEM.values())],
+    ids=lambda form: form.__name__,
+)
 def test_no_option_has_two_meanings(form: type[Form]) -> None:
     """What a method or a problem calls its own, no plan has already."""
     assert not form.model_fields.keys() & Plan.model_fields.keys()
@@ -384,7 +392,8 @@ def new_method() -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["digits", "text"])
 def test_a_new_method(
-        kind: str, new_method: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind: str, new_method: str, text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One entry is enough: the command knows it and its option, and it works on every problem."""
     problem = {"problem": "digits"} if kind == "digits" else text
     assert distilled(asked(new_method, tmp_path, straightness=0.25, **problem)) == 0
@@ -403,6 +412,7 @@ def test_a_name_is_taken_once(new_method: str) -> None:
 
 def test_an_option_with_the_name_of_a_plans_own_is_refused(new_method: str) -> None:
     """Else it could not be said which of them is meant."""
+
     class Fast(Form):
         learning_rate: float = 1.0
 

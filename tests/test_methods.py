@@ -1,4 +1,6 @@
-"""Every method on every roll-in it can be asked on: it trains, counts its cost, resumes to the last bit, and learns in two processes what it learns in one."""
+"""Every method on every roll-in it can be asked on: it trains, counts its cost, resumes to the last bit, and learns
+in two processes what it learns in one.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ class Judge(nn.Sequential):
 def network(*inputs: str) -> Denoiser:
     """A small perceptron in the plane, always the same."""
     torch.manual_seed(0)
-    return ClassDenoiser(MLP(2, 16, 1), Cosine(), "v").taking(*inputs) if inputs else ClassDenoiser(MLP(2, 16, 1), Cosine(), "v")
+    return (
+        ClassDenoiser(MLP(2, 16, 1), Cosine(), "v").taking(*inputs)
+        if inputs
+        else ClassDenoiser(MLP(2, 16, 1), Cosine(), "v")
+    )
 
 
 def exact() -> GaussianMixture:
@@ -75,7 +81,12 @@ METHODS: dict[str, tuple[tuple[str, ...], int, Callable[[Teacher, Denoiser], Met
     "consistency": ((), 1, lambda teacher, student: Consistency(teacher, Edges([1.0, GRID[-1].item()]), 0.9), True),
     "segments": ((), 2, lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid)), True),
     "trajectory": ((), 1, lambda teacher, student: Consistency(teacher, Anywhere(GRID), 0.9), True),
-    "consistency training": ((), 1, lambda teacher, student: ConsistencyTraining(student.schedule, Edges([1.0, GRID[-1].item()])), False),
+    "consistency training": (
+        (),
+        1,
+        lambda teacher, student: ConsistencyTraining(student.schedule, Edges([1.0, GRID[-1].item()])),
+        False,
+    ),
     "CTM": (("end",), 1, lambda teacher, student: CTM(teacher, 0.9, longest=3), True),
     "CTM with adversary": (("end",), 1, judged, False),
     "there and back": ((), 1, lambda teacher, student: BiDirectional(teacher, teacher.student_grid, network()), True),
@@ -83,7 +94,9 @@ METHODS: dict[str, tuple[tuple[str, ...], int, Callable[[Teacher, Denoiser], Met
 NEEDS_DATA = [name for name, (*_, without) in METHODS.items() if not without]
 
 
-def build(name: str, rollin: str, shard: Shard = Shard(), settings: Settings = SETTINGS) -> tuple[Denoiser, Method, RollIn]:
+def build(
+    name: str, rollin: str, shard: Shard = Shard(), settings: Settings = SETTINGS
+) -> tuple[Denoiser, Method, RollIn]:
     """A student, what it is asked, and where: on "forward" states, on DDIL's, or on a "walk" of its own."""
     inputs, look, ask, _ = METHODS[name]
     student, teacher = network(*inputs).train().requires_grad_(True), Teacher(exact(), GRID, 4, look=look)
@@ -91,30 +104,46 @@ def build(name: str, rollin: str, shard: Shard = Shard(), settings: Settings = S
     source = Source(settings.seed, shard)
     rollins: dict[str, Callable[[], RollIn]] = {
         "forward": lambda: Forward(data, student.schedule, teacher.label_grid, source),
-        "DDIL": lambda: DDIL(capacity=128).states(student, teacher, data, (2,), settings.updates, settings.batch, source, consistency),
+        "DDIL": lambda: DDIL(capacity=128).states(
+            student, teacher, data, (2,), settings.updates, settings.batch, source, consistency
+        ),
         "walk": lambda: Walk(student, teacher, (2,), source=source),
     }
     return student, ask(teacher, student), rollins[rollin]()
 
 
-def trainer(name: str, rollin: str, folder: Path | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Trainer:
+def trainer(
+    name: str, rollin: str, folder: Path | None = None, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> Trainer:
     student, method, states = build(name, rollin)
     return Trainer(student, method, states, SETTINGS, folder, progress=progress)
 
 
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """All that training moves: the networks, what follows them, and the average."""
-    modules = {**run.learners.networks, **{f"follower {name}": follower.network for name, follower in run.learners.followers.items()}}
-    weights = {f"{name}.{key}": value.clone() for name, module in modules.items() for key, value in module.state_dict().items()}
+    modules = {
+        **run.learners.networks,
+        **{f"follower {name}": follower.network for name, follower in run.learners.followers.items()},
+    }
+    weights = {
+        f"{name}.{key}": value.clone() for name, module in modules.items() for key, value in module.state_dict().items()
+    }
     return weights | {f"average.{name}": value.clone() for name, value in run.learners.average.tensors.items()}
 
 
-POSSIBLE = [(name, rollin) for name, (_, look, _, without) in METHODS.items() for rollin in ("forward", "DDIL", "walk") if (rollin == "forward" or without) and (rollin != "walk" or look == 4)]
+POSSIBLE = [
+    (name, rollin)
+    for name, (_, look, _, without) in METHODS.items()
+    for rollin in ("forward", "DDIL", "walk")
+    if (rollin == "forward" or without) and (rollin != "walk" or look == 4)
+]
 
 
 @pytest.mark.parametrize(("name", "rollin"), POSSIBLE)
 def test_it_trains_and_resumes(name: str, rollin: str, tmp_path: Path) -> None:
-    """A run that stopped in the middle of things ends where an uninterrupted one does; every network moved, and every evaluation is counted."""
+    """A run that stopped in the middle of things ends where an uninterrupted one does; every network moved, and
+    every evaluation is counted.
+    """
 
     def stopping(steps: Iterable[int]) -> Iterator[int]:
         for step in steps:
@@ -128,7 +157,12 @@ def test_it_trains_and_resumes(name: str, rollin: str, tmp_path: Path) -> None:
     moved = {key.split(".")[0] for key in end if not torch.equal(end[key], begin[key])}
     assert moved == {key.split(".")[0] for key in end}, f"only {moved} have learnt"
     assert all(value.isfinite().all() for value in end.values())
-    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {"student", *whole.method.asked, *whole.learners.followers, *(set(whole.method.networks) - {"discriminator"})}
+    assert whole.evaluations["student"] >= SETTINGS.updates * SETTINGS.batch and set(whole.evaluations) == {
+        "student",
+        *whole.method.asked,
+        *whole.learners.followers,
+        *(set(whole.method.networks) - {"discriminator"}),
+    }
     with contextlib.suppress(KeyboardInterrupt):
         trainer(name, rollin, tmp_path / "halves", stopping).fit()
     again = trainer(name, rollin, tmp_path / "halves")
@@ -147,8 +181,12 @@ def test_states_without_data_are_refused(name: str) -> None:
             run.update(step)
 
 
-@pytest.mark.parametrize(("edges", "decay", "named"), [([1.0, 0.5, 0.01], 0.9, "ends"), ([1.0, 0.01], 0.8, "decay of target")])
-def test_a_checkpoint_of_another_question_is_refused(edges: list[float], decay: float, named: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edges", "decay", "named"), [([1.0, 0.5, 0.01], 0.9, "ends"), ([1.0, 0.01], 0.8, "decay of target")]
+)
+def test_a_checkpoint_of_another_question_is_refused(
+    edges: list[float], decay: float, named: str, tmp_path: Path
+) -> None:
     """Where the student is to arrive, and how fast its target follows, decide a run."""
 
     def run(edges: list[float], decay: float) -> Trainer:
@@ -179,7 +217,12 @@ def _train(name: str, rollin: str, file: Path, environment: dict[str, str]) -> N
 
 def together(name: str, rollin: str, file: Path) -> dict[str, Tensor]:
     """What two processes learn."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(tiny.free_port()),
+    }
     places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     runs = [PROCESSES.Process(target=_train, args=(name, rollin, file, place), daemon=True) for place in places]
     for run in runs:
@@ -190,9 +233,13 @@ def together(name: str, rollin: str, file: Path) -> dict[str, Tensor]:
     return read_tensors(file)
 
 
-@pytest.mark.parametrize(("name", "rollin"), [("there and back", "forward"), ("regression", "walk"), ("consistency", "DDIL")])
+@pytest.mark.parametrize(
+    ("name", "rollin"), [("there and back", "forward"), ("regression", "walk"), ("consistency", "DDIL")]
+)
 def test_two_processes_learn_what_one_does(name: str, rollin: str, tmp_path: Path) -> None:
-    """Two networks in turns, a walk that goes on from the last batch, a follower beside a replay: to rounding, on two processes as on one."""
+    """Two networks in turns, a walk that goes on from the last batch, a follower beside a replay: to rounding, on
+    two processes as on one.
+    """
     one, two = learnt(trainer(name, rollin).fit()), together(name, rollin, tmp_path / "two.safetensors")
     assert one.keys() == two.keys() and tiny.largest_difference(one, two) < ROUNDING
     begin = copy.deepcopy(learnt(trainer(name, rollin)))

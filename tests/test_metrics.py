@@ -1,4 +1,6 @@
-"""A figure depends neither on the batch nor on the number of processes that made the pictures; and nothing holds them all."""
+"""A figure depends neither on the batch nor on the number of processes that made the pictures; and nothing holds
+them all.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +24,41 @@ COUNT = 61  # not a multiple of batches or processes
 def figures(batch_size: int, accelerator=None) -> dict[str, Figure]:
     """The figures of a few digits, drawn in two steps, and the trace of moments that were never kept."""
     classifier, teacher = digits_classifier(), digits_teacher()
-    sampler, extractor = Sampler(teacher.denoiser, uniform_grid(2), (1, 8, 8)), NetworkFeatures(classifier, classifier.features, "digits classifier")
+    sampler, extractor = (
+        Sampler(teacher.denoiser, uniform_grid(2), (1, 8, 8)),
+        NetworkFeatures(classifier, classifier.features, "digits classifier"),
+    )
     draw = lambda ids: sampler.sample(ids, torch.tensor(ids) % 10)
     data = Reference("digits", lambda ids: digits().x[list(ids)], 100, extractor)
     found = judge(draw, COUNT, data, nfe=2, batch_size=batch_size, accelerator=accelerator)
     moments = moments_of(draw, COUNT, extractor, batch_size, accelerator)
-    return found | {"count": Figure(moments.n, found["FID"].protocol), "trace": Figure(moments.covariance.trace().item(), found["FID"].protocol)}
+    return found | {
+        "count": Figure(moments.n, found["FID"].protocol),
+        "trace": Figure(moments.covariance.trace().item(), found["FID"].protocol),
+    }
 
 
 def _process(rank: int, port: int, path: Path) -> None:
     from ddil.training.parallel import make_accelerator
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     accelerator, told = make_accelerator("cpu"), []
     found = figures(7, accelerator)
     classifier = digits_classifier()
-    extractor, draw = NetworkFeatures(classifier, classifier.features, "digits classifier"), lambda ids: torch.full((len(ids), 1, 8, 8), torch.nan if rank else 0.0)
+    extractor, draw = (
+        NetworkFeatures(classifier, classifier.features, "digits classifier"),
+        lambda ids: torch.full((len(ids), 1, 8, 8), torch.nan if rank else 0.0),
+    )
     for measure in (features_of, moments_of):  # only the second process has pictures that are not finite
         with pytest.raises(ValueError) as error:
             measure(draw, COUNT, extractor, 7, accelerator)
         told.append(str(error.value))
-    torch.save({name: figure.value for name, figure in found.items()} | {"told": told}, path.with_name(f"{path.name}-{rank}"))
+    torch.save(
+        {name: figure.value for name, figure in found.items()} | {"told": told}, path.with_name(f"{path.name}-{rank}")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +78,9 @@ def test_batches_of_7_and_64(alone: dict[str, Figure]) -> None:
 
 
 def test_two_processes_and_one(alone: dict[str, Figure], tmp_path: Path) -> None:
-    """Both get the figure of all pictures, and the same; and where one has pictures that cannot be judged, both say so instead of waiting for each other."""
+    """Both get the figure of all pictures, and the same; and where one has pictures that cannot be judged, both say
+    so instead of waiting for each other.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,6 +93,9 @@ def test_two_processes_and_one(alone: dict[str, Figure], tmp_path: Path) -> None
     found = [torch.load(tmp_path / f"figures-{rank}", weights_only=True) for rank in (0, 1)]
     told = [part.pop("told") for part in found]
     assert all(message.startswith("digits classifier gave features that are not finite") for message in told[1])
-    assert all(message.startswith("other processes could not") and "process 1: ValueError: digits classifier gave" in message for message in told[0])
+    assert all(
+        message.startswith("other processes could not") and "process 1: ValueError: digits classifier gave" in message
+        for message in told[0]
+    )
     assert found[0] == found[1]
     close(found[0], alone)

@@ -1,4 +1,6 @@
-"""Every notebook of the library runs, with its own cells against the module that users import; index.ipynb runs as read."""
+"""Every notebook of the library runs, with its own cells against the module that users import; index.ipynb runs as
+read.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future]]:
     """The selected notebooks' runs, each in a process of its own, two at a time."""
     items = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
     with processes(2) as pool:
-        yield {notebook: pool.submit(run_against_module, notebook) for notebook in (item.callspec.params["notebook"] for item in items)}
+        yield {
+            notebook: pool.submit(run_against_module, notebook)
+            for notebook in (item.callspec.params["notebook"] for item in items)
+        }
         pool.shutdown(cancel_futures=True)
 
 

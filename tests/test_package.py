@@ -26,19 +26,30 @@ print(digits_classifier()(samples).argmax(1).tolist())
 
 def tracked(*patterns: str) -> set[str]:
     """Files of the checkout that git knows or would add."""
-    listed = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns], cwd=ROOT, text=True)
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns], cwd=ROOT, text=True
+    )
     return {path for path in listed.split("\0") if path and (ROOT / path).is_file()}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the checkout (building leaves files beside its source), made offline with this environment's setuptools."""
-    pytest.importorskip("setuptools", minversion="77", reason="the build backend that pyproject.toml asks for is not installed")
+    """A wheel of a copy of the checkout (building leaves files beside its source), made offline with this
+    environment's setuptools.
+    """
+    pytest.importorskip(
+        "setuptools", minversion="77", reason="the build backend that pyproject.toml asks for is not installed"
+    )
     copy = tmp_path_factory.mktemp("copy")
     for path in tracked("ddil", "pyproject.toml", "README.md", "LICENSE"):
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         (copy / path).write_bytes((ROOT / path).read_bytes())
-    command = [sys.executable, "-c", "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])", str(copy / "dist")]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
+        str(copy / "dist"),
+    ]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next((copy / "dist").glob("*.whl"))
@@ -59,7 +70,13 @@ def test_wheel_brings_its_teacher(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", USE, str(tmp_path / "site")], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path / "site")],
+        cwd=tmp_path / "elsewhere",
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "[3, 7]"
 
@@ -68,4 +85,11 @@ def test_assets_are_small() -> None:
     """The assets, which every clone and every installation carries, stay under the limit; there are some."""
     sizes = {path: (ROOT / path).stat().st_size for path in tracked("ddil/assets")}
     assert 0 < sum(sizes.values()) <= LIMIT, sizes
-    assert {Path(path).suffix for path in sizes} == {".json", ".safetensors", ".txt", ".html", ".css", ".js"}  # text: the merges of a tokenizer
+    assert {Path(path).suffix for path in sizes} == {
+        ".json",
+        ".safetensors",
+        ".txt",
+        ".html",
+        ".css",
+        ".js",
+    }  # text: the merges of a tokenizer

@@ -198,9 +198,14 @@ def test_killed_at_any_moment(tmp_path: Path, whole: Callable[[int], Path]) -> N
 def test_killed_while_files_are_written(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     """Killed in the middle of a checkpoint, its sealing, its removal, cutting the log, or saving: half does no harm."""
     place = tmp_path / "run"
-    latest = {"write the optimiser of checkpoint 10": None, "seal checkpoint 20": 10,
-              "rename the sealed checkpoint 20": 10, "remove the rest of checkpoint 10": 30,
-              "cut the log": 30, "save the student": 40}
+    latest = {
+        "write the optimiser of checkpoint 10": None,
+        "seal checkpoint 20": 10,
+        "rename the sealed checkpoint 20": 10,
+        "remove the rest of checkpoint 10": 30,
+        "cut the log": 30,
+        "save the student": 40,
+    }
     assert latest.keys() == {point for point in tiny.KILL_POINTS if "second process" not in point}
     for point, update in latest.items():
         with tiny.started(place, TWO_STAGES, kill_before=point) as run:

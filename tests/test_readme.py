@@ -1,4 +1,6 @@
-"""Every block of the README runs as it stands: Python in a fresh process, commands up to the point where they would compute."""
+"""Every block of the README runs as it stands: Python in a fresh process, commands up to the point where they would
+compute.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from ddil.distil.command import plan_of
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-SHELL = [line.split("  #")[0].strip() for block in re.findall(r"^```sh\n(.*?)^```", README, re.S | re.M) for line in block.splitlines()]
+SHELL = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.S | re.M)
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
@@ -60,7 +66,10 @@ def test_the_face_has_its_names() -> None:
 
 def test_importing_is_light() -> None:
     """`import ddil` and the parser of a command load neither PyTorch nor pydantic."""
-    code = "import sys, ddil; from ddil.cli import parser; parser(); print(sorted({'torch', 'pydantic', 'diffusers'} & set(sys.modules)))"
+    code = (
+        "import sys, ddil; from ddil.cli import parser; parser(); print(sorted({'torch', 'pydantic', "
+        "'diffusers'} & set(sys.modules)))"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -75,8 +75,9 @@ def drawn(plain: diffusers.DiffusionPipeline, noise: Tensor, steps: int) -> Tens
     plain.set_progress_bar_config(disable=True)
     draw = torch.Generator().manual_seed(3)
     sizes = {"height": 32, "width": 32, "output_type": "latent"}
-    return plain(PROMPTS[:2], num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), generator=draw,
-                 **sizes).images
+    return plain(
+        PROMPTS[:2], num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), generator=draw, **sizes
+    ).images
 
 
 def weights(sampler: Sampler) -> dict[str, Tensor]:
@@ -105,7 +106,8 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("method", "kind"), [("PD", {}), ("PD", LORA), ("DMD2", LORA)])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_interrupted_and_gone_on_with(
-        models: dict[str, Path], tmp_path: Path, method: str, kind: dict, stop: int) -> None:
+    models: dict[str, Path], tmp_path: Path, method: str, kind: dict, stop: int
+) -> None:
     """The student is the same to the last bit, whether or not its training was interrupted."""
 
     def interrupted(updates: Iterable[int], stage: str) -> Iterator[int]:
@@ -158,8 +160,9 @@ def test_roles_of_dmd2_in_plain_diffusers(dmd2: Path, models: dict[str, Path], t
     source, stage = models["StableDiffusion"], dmd2 / "8-to-4"
     student, model = Sampler.load(stage / "student"), TextToImage.load(source)
     folder = export_pipeline(student, TextToImage.load(source), tmp_path / "out")
-    whole, light = (diffusers.StableDiffusionPipeline.from_pretrained(place, use_safetensors=True)
-                    for place in (folder, source))
+    whole, light = (
+        diffusers.StableDiffusionPipeline.from_pretrained(place, use_safetensors=True) for place in (folder, source)
+    )
     light.load_lora_weights(stage / "lora")
     light.scheduler = diffusers.LCMScheduler.from_pretrained(stage / "lora", subfolder="scheduler")
     noise, cond = torch.randn(2, 4, 8, 8), latents(source).conditions(np.arange(2))
@@ -210,13 +213,16 @@ def test_processes_must_be_launched(models: dict[str, Path], tmp_path: Path) -> 
         carried_out(plan(source, tmp_path, processes=2, **SMALL), latents(source))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset", "sd15-coco"], "model is missing: name a folder in diffusers' format"),
-    (["--preset", "sd15-coco"], "data is missing: name captioned pictures"),
-    (["--model", "m", "--data", "d", "--updates", "many"], "updates = 'many': must be a whole number ≥ 1"),
-    (["--model", "m", "--data", "d", "--method", "LCN"], "did you mean lcm?"),
-    (["no-such.yaml"], "there is no file no-such.yaml"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "sd15-coco"], "model is missing: name a folder in diffusers' format"),
+        (["--preset", "sd15-coco"], "data is missing: name captioned pictures"),
+        (["--model", "m", "--data", "d", "--updates", "many"], "updates = 'many': must be a whole number ≥ 1"),
+        (["--model", "m", "--data", "d", "--method", "LCN"], "did you mean lcm?"),
+        (["no-such.yaml"], "there is no file no-such.yaml"),
+    ],
+)
 def test_command_line_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A plan that cannot be read is told, with status 2."""
     assert cli.main(["distil", *arguments]) == 2

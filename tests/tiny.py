@@ -82,19 +82,23 @@ def _writes(update: int, kind: str) -> Callable[..., bool]:
 KILL_POINTS: dict[str, Callable[[], None]] = {
     "write the optimiser of checkpoint 10": lambda: _dying(checkpoints, "write_tensors", _writes(10, "optimizer")),
     "write the second process' roll-in of checkpoint 20": lambda: _dying(
-        checkpoints, "write_tensors", _writes(20, "rollin-1")),
+        checkpoints, "write_tensors", _writes(20, "rollin-1")
+    ),
     "seal checkpoint 20": lambda: _dying(checkpoints, "seal", lambda folder, *_: folder.name == "writing-00000020"),
     "rename the sealed checkpoint 20": lambda: _dying(
-        files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"),
+        files.os, "replace", lambda source, _: Path(source).name == "writing-00000020"
+    ),
     "remove the rest of checkpoint 10": lambda: _dying(
-        checkpoints.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file),
+        checkpoints.shutil, "rmtree", lambda folder, *_: Path(folder).name == "update-00000010", _lose_a_file
+    ),
     "cut the log": lambda: _dying(journal, "write_text", lambda path, _: path.name == "log.jsonl"),
     "save the student": lambda: _dying(artifact, "seal", lambda folder, *_: ".student.writing" in folder.name),
 }
 
 
-def _run(folder: Path, changes: dict[str, Any], environment: dict[str, str], kill_before: str | None,
-         pause: float) -> None:
+def _run(
+    folder: Path, changes: dict[str, Any], environment: dict[str, str], kill_before: str | None, pause: float
+) -> None:
     """What a forked process does: distil, with its output in a file."""
     folder.mkdir(parents=True, exist_ok=True)
     said = folder.with_name(f"{folder.name}-output-{environment.get('RANK', 0)}")
@@ -166,8 +170,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(folder: Path, changes: dict[str, Any], processes: int = 1, kill_before: str | None = None,
-            rank: int = 0, pause: float = 0.0) -> Iterator[Run]:
+def started(
+    folder: Path,
+    changes: dict[str, Any],
+    processes: int = 1,
+    kill_before: str | None = None,
+    rank: int = 0,
+    pause: float = 0.0,
+) -> Iterator[Run]:
     """Distil the tiny problem into `folder` in one process, or in several as torch.distributed.run would start them.
 
     kill_before: where process `rank` is killed; pause: seconds before each update.

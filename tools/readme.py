@@ -19,10 +19,14 @@ def render(notebook: Path) -> dict[str, bytes]:
     """The README and its pictures: the contents of each file by its path from the root."""
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata["language_info"] = {"name": "python"}  # nbdev_clean drops it, and the code fences need it
-    nb.cells = [cell for cell in nb.cells if cell.cell_type != "code" or not re.search(r"^#\s*\|\s*hide\b", cell.source, re.M)]
+    nb.cells = [
+        cell for cell in nb.cells if cell.cell_type != "code" or not re.search(r"^#\s*\|\s*hide\b", cell.source, re.M)
+    ]
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.metadata["transient"] = {"remove_source": bool(re.search(r"^#\s*\|\s*hide_input\b", cell.source, re.M))}
+            cell.metadata["transient"] = {
+                "remove_source": bool(re.search(r"^#\s*\|\s*hide_input\b", cell.source, re.M))
+            }
             cell.source = re.sub(r"^#\s*\|.*\n?", "", cell.source, flags=re.M)
     nb.cells = [cell for cell in nb.cells if cell.source.strip()]
     text, extra = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": PICTURES})

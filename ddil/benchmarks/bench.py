@@ -331,18 +331,18 @@ def against_calls(method: str, name: str, trainer: Trainer, rounds: int) -> list
     ]
 
 # %% ../../nbs/11_benchmarks/01_bench.ipynb #9ea4e5f3
-TRAJECTORY: dict[str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]] = (
-    {  # name: further inputs of the student, and what it is asked
-        "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), 0.95)),
-        "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
-        "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), 0.95)),
-        "CTM": (("end",), lambda teacher, student: CTM(teacher, 0.95, longest=1, denoising=0.0)),
-        "there and back": (
-            (),
-            lambda teacher, student: BiDirectional(teacher, teacher.student_grid, copy.deepcopy(student)),
-        ),
-    }
-)
+TRAJECTORY: dict[
+    str, tuple[tuple[str, ...], Callable[[Teacher, Denoiser], Method]]
+] = {  # name: further inputs of the student, and what it is asked
+    "consistency": ((), lambda teacher, student: Consistency(teacher, Edges([1.0, teacher.stops[-1]]), 0.95)),
+    "segments": ((), lambda teacher, student: Consistency(teacher, Edges(teacher.student_grid))),
+    "trajectory": ((), lambda teacher, student: Consistency(teacher, Anywhere(teacher.grid.cpu()), 0.95)),
+    "CTM": (("end",), lambda teacher, student: CTM(teacher, 0.95, longest=1, denoising=0.0)),
+    "there and back": (
+        (),
+        lambda teacher, student: BiDirectional(teacher, teacher.student_grid, copy.deepcopy(student)),
+    ),
+}
 
 
 def method_trainer(name: str, problem: Problem, batch: int = 64) -> Trainer:
@@ -362,7 +362,7 @@ def method_trainer(name: str, problem: Problem, batch: int = 64) -> Trainer:
     )
     return Trainer(student, ask(teacher, student), rollin, Settings(updates=1000, batch=batch, ema=0.99))
 
-
+# %% ../../nbs/11_benchmarks/01_bench.ipynb #dcbbdd80
 def matching_trainer(problem: Problem, batch: int = 64) -> Trainer:
     """A trainer of DMD2 on its backward simulation, with both turns in every update."""
     student, grid = copy.deepcopy(problem.student).requires_grad_(True).train(), uniform_grid(4)
@@ -564,7 +564,7 @@ def _resident(key: str) -> int:
     with open("/proc/self/status") as status:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{key}:"))
 
-
+# %% ../../nbs/11_benchmarks/01_bench.ipynb #9bfc342e
 def metric_rows(samples: int = 10000, features: int = 2048) -> list[Row]:
     """Our Fréchet distance and density_coverage ÷ the usual ones, and their memory. Raises AssertionError where
     they disagree.
@@ -590,7 +590,7 @@ def metric_rows(samples: int = 10000, features: int = 2048) -> list[Row]:
     ]
     return rows + (_neighbour_rows(real, fake) if importlib.util.find_spec("prdc") else [])
 
-
+# %% ../../nbs/11_benchmarks/01_bench.ipynb #6fec9eea
 def _neighbour_rows(real: Tensor, fake: Tensor) -> list[Row]:
     """density_coverage ÷ prdc, in seconds and memory."""
     from prdc import compute_prdc

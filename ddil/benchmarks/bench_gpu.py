@@ -58,6 +58,8 @@ TINY = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
 )
+
+# %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #c2fdf240
 SSD1B = dict(
     sample_size=128,
     in_channels=4,
@@ -95,6 +97,8 @@ MEMORY = {
     "DMD2, roles": {"method": "dmd2", "adapters": "lora"},
 }
 SCALE = 7.5  # of guidance
+
+# %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #6497b586
 PEAKS = {
     "H200": 989e12,
     "H100": 989e12,

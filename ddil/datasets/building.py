@@ -303,9 +303,19 @@ POSTERIORS, DTYPES = ("mean", "sample"), ("float16", "float32")
 
 
 def build_cache(
-    folder: str | Path, items: CaptionedImages, encoder: TextToImage, size: int | None,
-    *, images: bool = True, posterior: str = "mean", dtype: str = "float16", batch_size: int = 64, part: int = PART,
-    workers: int = 4, accelerator: Accelerator | None = None, bar: Callable = lambda steps, description: steps,
+    folder: str | Path,
+    items: CaptionedImages,
+    encoder: TextToImage,
+    size: int | None,
+    *,
+    images: bool = True,
+    posterior: str = "mean",
+    dtype: str = "float16",
+    batch_size: int = 64,
+    part: int = PART,
+    workers: int = 4,
+    accelerator: Accelerator | None = None,
+    bar: Callable = lambda steps, description: steps,
 ) -> CachedCaptions:
     """The cache of `items` as `encoder` sees them, made if it is not there, in a folder of its own below `folder`.
 

@@ -497,7 +497,9 @@ def _picture(value: object, folder: Path) -> Image.Image:
     data, path = (
         (value.get("bytes"), value.get("path"))
         if isinstance(value, dict)
-        else (value, None) if isinstance(value, bytes) else (None, value)
+        else (value, None)
+        if isinstance(value, bytes)
+        else (None, value)
     )
     if isinstance(path, Image.Image):
         return path
@@ -538,7 +540,7 @@ FORMAT_OF_SUFFIX = {
     ".arrow": "dataset",
 }
 
-
+# %% ../../nbs/08_datasets/03_captions.ipynb #6576f522
 def _in_folder(path: Path, format: str) -> Path | None:
     """The file or folder that makes a folder one of this format, or None."""
     if format == "coco":
@@ -600,9 +602,20 @@ def recognised(source: str, format: str = "auto") -> tuple[str, Path]:
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #1ed5429a
 def open_captions(
-    source: str, format: str = "auto", *, size: int | None = None, images: bool = True, minimum_side: int = 0,
-    limit: int | None = None, skip_limit: int = 0, caption: str = "first", seed: int = 0, split: str = "train",
-    file_column: str | None = None, caption_column: str | None = None, revision: str | None = None,
+    source: str,
+    format: str = "auto",
+    *,
+    size: int | None = None,
+    images: bool = True,
+    minimum_side: int = 0,
+    limit: int | None = None,
+    skip_limit: int = 0,
+    caption: str = "first",
+    seed: int = 0,
+    split: str = "train",
+    file_column: str | None = None,
+    caption_column: str | None = None,
+    revision: str | None = None,
 ) -> CaptionedImages:
     """Pictures with captions, or with images=False captions alone, from `source` (see above). `caption`: "first", "all"
     or "random", where a picture has several; `split`: of a data set.

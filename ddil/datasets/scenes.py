@@ -376,21 +376,42 @@ def write_tokenizer(folder: str | Path, words: Sequence[str] = WORDS, length: in
 # %% ../../nbs/08_datasets/02_scenes.ipynb #38690857
 TINY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_VAE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1,
-    "norm_num_groups": 4, "sample_size": 32, "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
 TINY_UNET = {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
-    "norm_num_groups": 8, "attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
 }
-TINY_SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-             "projection_class_embeddings_input_dim": 6 * 8 + 16}
-TINY_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-                  "timestep_spacing": "trailing"}
+TINY_SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 16,
+}
+TINY_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "timestep_spacing": "trailing",
+}
 
-
+# %% ../../nbs/08_datasets/02_scenes.ipynb #e273726a
 def _tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, kind: type) -> nn.Module:
     """A text encoder of two layers."""
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -22,8 +22,9 @@ __all__ = ['PREDICTIONS', 'Cond', 'INPUTS', 'check_times', 'coefficients', 'cast
 def check_times(t: Time, like: Tensor) -> None:
     """Raise ValueError if `t` is a tensor that does not hold one time for each sample of `like`."""
     if isinstance(t, Tensor) and t.shape != like.shape[:1]:
-        raise ValueError(f"t must be one float or one time per sample, shape {tuple(like.shape[:1])}, "
-                         f"not {tuple(t.shape)}")
+        raise ValueError(
+            f"t must be one float or one time per sample, shape {tuple(like.shape[:1])}, not {tuple(t.shape)}"
+        )
 
 
 def coefficients(schedule: Schedule, t: Time, like: Tensor) -> tuple[Time, Time]:
@@ -150,8 +151,9 @@ class Denoiser(_Described):
         self.evaluations += len(z)
         x_hat = self.predict(z, t, cond)
         if x_hat.shape != z.shape:
-            raise ValueError(f"{type(self).__name__} returned shape {tuple(x_hat.shape)} "
-                             f"for states of shape {tuple(z.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} returned shape {tuple(x_hat.shape)} for states of shape {tuple(z.shape)}"
+            )
         return x_hat
 
     def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
@@ -172,8 +174,10 @@ class Denoiser(_Described):
 
 # %% ../../nbs/01_diffusion/04_denoiser.ipynb #1a767bbc
 def _no_null(denoiser: Denoiser, cond: Cond) -> str:
-    return (f"{type(denoiser).__name__} knows no null condition for {'no condition' if cond is None else 'this one'}, "
-            "so it cannot be guided: that takes a network trained with condition dropout, and conditions to drop")
+    return (
+        f"{type(denoiser).__name__} knows no null condition for {'no condition' if cond is None else 'this one'}, "
+        "so it cannot be guided: that takes a network trained with condition dropout, and conditions to drop"
+    )
 
 
 def readable(values: Tensor) -> bool:

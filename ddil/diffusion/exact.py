@@ -42,7 +42,11 @@ class _Components(Denoiser):
     """Weighted isotropic Gaussians, perhaps of several classes, as data: what they are, and samples of them."""
 
     def __init__(
-        self, means: Tensor, std: float | Tensor, weights: Tensor | None = None, classes: Tensor | None = None,
+        self,
+        means: Tensor,
+        std: float | Tensor,
+        weights: Tensor | None = None,
+        classes: Tensor | None = None,
         schedule: Schedule = Cosine(),
     ):
         super().__init__(schedule)

@@ -86,8 +86,10 @@ def sigma_grid(schedule: Schedule, sigmas: Tensor) -> Tensor:
     if not torch.allclose(ratio, sigmas, rtol=1e-6):
         least = schedule.sigma(0.0) / schedule.alpha(0.0)
         most = schedule.sigma(1.0) / max(schedule.alpha(1.0), 1e-300)
-        raise ValueError(f"{schedule} does not reach sigma / alpha from {sigmas[0].item():.4g} to "
-                         f"{sigmas[-1].item():.4g}: its range is {least:.4g} to {most:.4g}")
+        raise ValueError(
+            f"{schedule} does not reach sigma / alpha from {sigmas[0].item():.4g} to "
+            f"{sigmas[-1].item():.4g}: its range is {least:.4g} to {most:.4g}"
+        )
     return check_grid(grid)
 
 
@@ -100,9 +102,7 @@ def karras_grid(
     return sigma_grid(schedule, karras_sigmas(steps, sigma_min, sigma_max, rho))
 
 # %% ../../nbs/01_diffusion/02_grids.ipynb #c6fc79ba
-def time_uniform_sigmas(
-    steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, t_min: float = 1e-3
-) -> Tensor:
+def time_uniform_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, t_min: float = 1e-3) -> Tensor:
     """`steps` + 1 noise-to-signal ratios that are equally spaced in the time of a linear-beta diffusion
     (Song et al. 2020). That time runs from 1, where the ratio is `sigma_max`, to `t_min`, where it is `sigma_min`."""
     last, first = math.log1p(sigma_max**2), math.log1p(sigma_min**2) / t_min

@@ -44,8 +44,10 @@ class Shard:
     def share(self, n: int) -> slice:
         """The rows of a global batch of `n` that this process owns. Raises ValueError if the shares are not even."""
         if n < 1 or n % self.world:
-            raise ValueError(f"a global batch of {n} cannot be shared evenly among {self.world} processes: "
-                             f"choose a multiple of {self.world}")
+            raise ValueError(
+                f"a global batch of {n} cannot be shared evenly among {self.world} processes: "
+                f"choose a multiple of {self.world}"
+            )
         return slice(n // self.world * self.rank, n // self.world * (self.rank + 1))
 
 # %% ../../nbs/01_diffusion/03_noise.ipynb #1003f312

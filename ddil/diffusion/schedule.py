@@ -23,8 +23,9 @@ Time = float | Tensor
 @lru_cache(maxsize=4096)
 def _alpha_sigma_at(schedule: Schedule, t: float) -> tuple[float, float]:
     if not 0.0 <= t <= 1.0:
-        raise ValueError(f"time {t} is outside [0, 1] (0 is clean, 1 is noise; "
-                         "index i of a discrete model is t = (i + 1) / 1000)")
+        raise ValueError(
+            f"time {t} is outside [0, 1] (0 is clean, 1 is noise; index i of a discrete model is t = (i + 1) / 1000)"
+        )
     alpha, sigma = schedule._alpha_sigma(torch.tensor(t, dtype=torch.float64))
     return alpha.item(), sigma.item()
 

@@ -74,8 +74,10 @@ class Guided(Wrapper):
     def __init__(self, denoiser: Denoiser, guidance_scale: float | None):
         super().__init__(denoiser)
         if denoiser.guidance_distilled and guidance_scale != 1:
-            raise ValueError("this student imitates a guided teacher already: "
-                             "guiding it again would apply guidance twice; use guidance_scale=1")
+            raise ValueError(
+                "this student imitates a guided teacher already: "
+                "guiding it again would apply guidance twice; use guidance_scale=1"
+            )
         self.guidance_scale = None if guidance_scale is None else float(guidance_scale)
 
     @classmethod
@@ -109,8 +111,10 @@ class Guided(Wrapper):
 def _own_scales(cond: Cond, z: Tensor) -> Tensor:
     scales = split_inputs(cond)[1].get("guidance_scale")
     if scales is None:
-        raise ValueError("each sample is guided at its own scale, and the condition has none: "
-                         "pass with_inputs(cond, guidance_scale=…)")
+        raise ValueError(
+            "each sample is guided at its own scale, and the condition has none: "
+            "pass with_inputs(cond, guidance_scale=…)"
+        )
     return scales.to(z.dtype).view((-1,) + (1,) * (z.ndim - 1))
 
 
@@ -128,8 +132,9 @@ class Told(Wrapper):
     def __init__(self, denoiser: Denoiser, **values: float):
         super().__init__(denoiser)
         if strange := set(values) - set(denoiser.inputs):
-            raise ValueError(f"this denoiser takes the inputs {list(denoiser.inputs)}, "
-                             f"not {', '.join(sorted(strange))}")
+            raise ValueError(
+                f"this denoiser takes the inputs {list(denoiser.inputs)}, not {', '.join(sorted(strange))}"
+            )
         self.values = {name: float(value) for name, value in values.items()}
 
     @property
@@ -159,8 +164,10 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if self.kind not in ("static", "dynamic") or self.gradient not in ("straight-through", "hard"):
-            raise ValueError("a threshold is 'static' or 'dynamic' with gradient 'straight-through' or 'hard', "
-                             f"not {self.kind!r}, {self.gradient!r}")
+            raise ValueError(
+                "a threshold is 'static' or 'dynamic' with gradient 'straight-through' or 'hard', "
+                f"not {self.kind!r}, {self.gradient!r}"
+            )
         if not self.bound > 0 or not 0 < self.percentile <= 1:
             raise ValueError(f"bound must be positive and percentile in (0, 1], not {self.bound}, {self.percentile}")
 

@@ -82,8 +82,19 @@ class Cost:
 
 def cost_of(problem: Problem, plan: Plan, index: int = 0, trial: int = 100, rows: int = 8) -> Cost:
     """What an update of a stage costs: counted over `trial` updates of `rows` rows that compute nothing else."""
-    cheap = {"adapters": "full", "precision": "no", "reflection": "off", "gradient_checkpointing": False, "optimizer": "adamw", "ema": None,
-             "accumulate": 1, "processes": 1, "nodes": 1, "distribution": "ddp", "compile_teacher": False}
+    cheap = {
+        "adapters": "full",
+        "precision": "no",
+        "reflection": "off",
+        "gradient_checkpointing": False,
+        "optimizer": "adamw",
+        "ema": None,
+        "accumulate": 1,
+        "processes": 1,
+        "nodes": 1,
+        "distribution": "ddp",
+        "compile_teacher": False,
+    }
     kept = {"capacity": rows * max(plan.stages)} if plan.ddil else {}
     small = plan.but(updates=trial, batch=rows, **cheap, **kept)
     ready = stage_of(idle(problem), small, index, None if index == 0 else Idle(problem.student.schedule))
@@ -98,10 +109,14 @@ def _learned(network: nn.Module) -> int:
     return sum(part.learned for part in network.modules() if isinstance(part, Idle))
 
 # %% ../../nbs/09_distil/05_budget.ipynb #3afb4366
-def updates_within(budget: float, trainer: Callable[[Settings], Trainer], settings: Settings, trial: int = 100, rows: int = 8) -> int:
-    """Updates of settings.batch rows that `budget` network evaluations pay for, by teachers and students, roll-ins included; 1 at least.
+def updates_within(
+    budget: float, trainer: Callable[[Settings], Trainer], settings: Settings, trial: int = 100, rows: int = 8
+) -> int:
+    """Updates of settings.batch rows that `budget` network evaluations pay for, by teachers and students, roll-ins
+    included; 1 at least.
 
-    `trainer` builds a run of some settings, with networks of its own; it is tried for `trial` updates of `rows` rows. (Networks that only count do, too.)
+    `trainer` builds a run of some settings, with networks of its own; it is tried for `trial` updates of `rows` rows.
+    (Networks that only count do, too.)
     """
     run = trainer(settings.but(updates=trial, batch=rows)).fit()
     return max(1, round(budget * trial * rows / (sum(run.evaluations.values()) * settings.batch)))
@@ -109,7 +124,9 @@ def updates_within(budget: float, trainer: Callable[[Settings], Trainer], settin
 # %% ../../nbs/09_distil/05_budget.ipynb #78db64c4
 @dataclass
 class Bought:
-    """What a part of a budget bought: a trained stage, its student (the average, if one is kept), evaluations in all, and the log."""
+    """What a part of a budget bought: a trained stage, its student (the average, if one is kept), evaluations in
+    all, and the log.
+    """
 
     ready: Ready
     student: Denoiser
@@ -127,19 +144,28 @@ class Bought:
         """The student with so many steps of its teacher's grid."""
         stage, entry = self.ready.stage, self.ready.entry
         grid = stage.teacher.grid[:: (len(stage.teacher.grid) - 1) // steps]
-        return Sampler(entry.finished(self.student, steps, self.guidance_scale), grid, stage.shape, entry.solver, self.guidance_scale)
+        return Sampler(
+            entry.finished(self.student, steps, self.guidance_scale),
+            grid,
+            stage.shape,
+            entry.solver,
+            self.guidance_scale,
+        )
 
 # %% ../../nbs/09_distil/05_budget.ipynb #cf4da106
 def cost_of_pair(problem: Problem, plan: Plan, index: int = 0) -> int:
     """Evaluations of the teacher for one pair of noise and sample."""
     stage = stage_of(idle(problem), plan, index, None if index == 0 else Idle(problem.student.schedule)).stage
     teacher = stage.teacher
-    sample(teacher.denoiser, [0], stage.shape, teacher.grid.cpu(), stage.data.conditions(np.zeros(1, int)), teacher.solver)
+    sample(
+        teacher.denoiser, [0], stage.shape, teacher.grid.cpu(), stage.data.conditions(np.zeros(1, int)), teacher.solver
+    )
     return teacher.denoiser.evaluations
 
 
 def spend(budget: float, problem: Problem, plan: Plan, pairs: float = 1 / 3) -> list[Bought]:
-    """Train all stages of a plan within `budget` network evaluations, each for an equal part; `pairs`: the share of a part
+    """Train all stages of a plan within `budget` network evaluations, each for an equal part; `pairs`: the share of a
+    part
     that pays for pairs, where the method learns from them. Raises ValueError for what cannot be done."""
     check(problem, plan)
     bought: list[Bought] = []
@@ -160,7 +186,7 @@ def _buy(budget: float, problem: Problem, plan: Plan, index: int, before: Denois
         updates = _updates(budget, problem, plan, index)
         plan = plan.but(updates=updates, log_every=max(1, updates // 20))
         ready = stage_of(problem, plan, index, before, place=Path(place))
-        spent += asked.evaluations                                                     # by pairs
+        spent += asked.evaluations  # by pairs
         run = Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings).fit()
     return Bought(ready, run.finished(), spent + sum(run.evaluations.values()), run.history, problem.guidance_scale)
 

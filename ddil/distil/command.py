@@ -31,7 +31,11 @@ __all__ = ['distil_options', 'plan_of', 'picture', 'finish', 'base_of', 'distil_
 def _groups() -> dict[str, tuple[type[Form], list[str]]]:
     """The options below their headings: each heading with a form, and the names that no heading before it has."""
     shared = {"whose states (DDIL)": WhoseStates, "how long": HowLong, "what is trained": What, "where": Where}
-    own = [name for name in Plan.model_fields if not name.endswith("_options") and not any(name in form.model_fields for form in shared.values())]
+    own = [
+        name
+        for name in Plan.model_fields
+        if not name.endswith("_options") and not any(name in form.model_fields for form in shared.values())
+    ]
     groups: dict[str, tuple[type[Form], list[str]]] = {"what is distilled": (Plan, own)}
     groups |= {title: (form, list(form.model_fields)) for title, form in shared.items()}
     known = set(Plan.model_fields)
@@ -58,12 +62,18 @@ def _add(group: argparse._ArgumentGroup, form: type[Form], names: list[str]) -> 
             truth = {"nargs": "?", "const": "true"} if form.model_fields[field.name].annotation is bool else {}
             default = f" (default: {field.default})" if field.default else ""
             text = f"{field.meaning}: {field.type}{default}".replace("%", "%%")
-            group.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, metavar="VALUE", help=text, **truth)
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}", dest=field.name, metavar="VALUE", help=text, **truth
+            )
 
-
+# %% ../../nbs/09_distil/07_command.ipynb #0d77118f
 def plan_of(given: argparse.Namespace) -> Plan:
     """The plan that a command line says. Raises UnusableValues or FileNotFoundError."""
-    words = {name: value for name, value in vars(given).items() if name not in ("file", "command", "preset") and value is not None}
+    words = {
+        name: value
+        for name, value in vars(given).items()
+        if name not in ("file", "command", "preset") and value is not None
+    }
     return read_plan(given.file, **words, **({"preset": given.preset} if given.preset else {}))
 
 # %% ../../nbs/09_distil/07_command.ipynb #eb3cb245
@@ -75,20 +85,30 @@ def picture(plan: Plan, student: Sampler, folder: Path) -> None:
     rows = np.arange(16)
     cond = problem.data.conditions(rows)
     teacher = Sampler(plan.reflect(problem.teacher), problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
-    strips = {f"{name}, {one.steps} steps": one.sample(rows.tolist(), cond) for name, one in (("teacher", teacher), ("student", student))}
+    strips = {
+        f"{name}, {one.steps} steps": one.sample(rows.tolist(), cond)
+        for name, one in (("teacher", teacher), ("student", student))
+    }
     sample_rows(strips, "the same noise in each column").savefig(folder.parent / "samples.png")
 
 
 def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
-    """Leave the last student in a folder `student`: as a pipeline if it came from one, else as a sampler. Returns it."""
+    """Leave the last student in a folder `student`: as a pipeline if it came from one, else as a sampler. Returns
+    it.
+    """
     student, folder = students[plan.stages[-1]], Path(plan.output) / "student"
-    how = f'from ddil import Sampler; Sampler.load("{folder}").sample(range(16), cond)  # cond: conditions, if it takes some'
+    how = (
+        f'from ddil import Sampler; Sampler.load("{folder}").sample(range(16), cond)  # cond: '
+        f'conditions, if it takes some'
+    )
     note = ""
     if issubclass(kind_by_name(plan.problem).form, ModelOptions):
         try:
             export_pipeline(student, base_of(plan), folder)
-            how = (f'DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", '
-                   f"num_inference_steps={student.steps}, guidance_scale=1.0)")
+            how = (
+                f'DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", '
+                f"num_inference_steps={student.steps}, guidance_scale=1.0)"
+            )
         except ValueError as error:
             student.save(folder)
             note = f"; plain diffusers cannot sample it: {error}"
@@ -106,7 +126,9 @@ def base_of(plan: Plan) -> TextToImage:
 
 # %% ../../nbs/09_distil/07_command.ipynb #d15ti1c0
 def distil_command(given: argparse.Namespace) -> int:
-    """Run `ddil methods`, `ddil doctor` or `ddil distil`. Returns the exit status: 1 if the doctor finds a problem, 2 for a plan that cannot be read."""
+    """Run `ddil methods`, `ddil doctor` or `ddil distil`. Returns the exit status: 1 if the doctor finds a problem,
+    2 for a plan that cannot be read.
+    """
     if given.command == "methods":
         print(menu_text())
         return 0

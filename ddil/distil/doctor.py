@@ -44,14 +44,18 @@ __all__ = ['LiveBytes', 'Shapes', 'alike', 'prepare', 'loss_and_gradients', 'sha
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #84b57946
 class LiveBytes(TorchDispatchMode):
-    """Within it, `now` is the number of bytes held by tensors that were made within it, and `peak` the highest so far."""
+    """Within it, `now` is the number of bytes held by tensors that were made within it, and `peak` the highest so
+    far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -61,7 +65,9 @@ class LiveBytes(TorchDispatchMode):
     def _heard(self, storage: torch.UntypedStorage, given: tuple) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            older = any(isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == key for tensor in tree_leaves(given))  # a view of a weight is no new memory
+            older = any(
+                isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == key for tensor in tree_leaves(given)
+            )  # a view of a weight is no new memory
             self._sizes[key] = 0 if older else storage.nbytes()
             self.now += self._sizes[key]
             self.peak = max(self.peak, self.now)
@@ -73,7 +79,9 @@ class LiveBytes(TorchDispatchMode):
 # %% ../../nbs/09_distil/06_doctor.ipynb #a34f9608
 @dataclass
 class Shapes:
-    """What a family's configuration decides before a weight is read: of a sample, and of a row of each part of a condition."""
+    """What a family's configuration decides before a weight is read: of a sample, and of a row of each part of a
+    condition.
+    """
 
     family: Family
     config: Mapping
@@ -124,7 +132,9 @@ def prepare(plan: Plan, ready: Ready) -> None:
         innermost(network).checkpoint_gradients()
 
 
-def loss_and_gradients(plan: Plan, ready: Ready, states: States, followers: dict[str, Denoiser] | None = None, device: str = "cpu") -> None:
+def loss_and_gradients(
+    plan: Plan, ready: Ready, states: States, followers: dict[str, Denoiser] | None = None, device: str = "cpu"
+) -> None:
     """One update but for the optimisers' steps: each turn's loss and gradients, which are let go before the next."""
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
     for turn in ready.method.turns(0):
@@ -143,7 +153,9 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def shapes_of_problem(shapes: Shapes, guidance_scale: float, mode: FakeTensorMode, schedule: DiscreteVP | None = None) -> Problem:
+def shapes_of_problem(
+    shapes: Shapes, guidance_scale: float, mode: FakeTensorMode, schedule: DiscreteVP | None = None
+) -> Problem:
     """A problem whose network has a configuration's shapes and no numbers."""
     family, schedule = shapes.family, schedule or DiscreteVP()
     schedule.alpha_sigma(torch.tensor([0.5]))  # its table, which is kept, must not be made of tensors without numbers
@@ -151,12 +163,16 @@ def shapes_of_problem(shapes: Shapes, guidance_scale: float, mode: FakeTensorMod
         network, null = family.network[1].from_config(shapes.config), shapes.row()
     base = family.denoiser(network, schedule, "eps", null).requires_grad_(False)
     teacher = Guided(base, guidance_scale) if guidance_scale != family.unguided else base
-    return Problem(teacher, base, _NoData(shapes), shapes.sample, guidance_scale, {"shapes": str(shapes.sample)}, family.grid)
+    return Problem(
+        teacher, base, _NoData(shapes), shapes.sample, guidance_scale, {"shapes": str(shapes.sample)}, family.grid
+    )
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #d0a13b02
 @dataclass
 class Rehearsal:
-    """One update, rehearsed: the stage, the peak bytes beyond weights and optimiser, and operations of one evaluation of a row."""
+    """One update, rehearsed: the stage, the peak bytes beyond weights and optimiser, and operations of one
+    evaluation of a row.
+    """
 
     ready: Ready
     peak: int
@@ -182,7 +198,9 @@ def rehearse(plan: Plan, problem: Problem, mode: contextlib.AbstractContextManag
 # %% ../../nbs/09_distil/06_doctor.ipynb #eeffd01b
 def _bytes(network: nn.Module, trained: bool | None = None) -> int:
     """Of its parameters; of those that are trained, or that are not."""
-    return sum(p.numel() * p.element_size() for p in network.parameters() if trained is None or p.requires_grad == trained)
+    return sum(
+        p.numel() * p.element_size() for p in network.parameters() if trained is None or p.requires_grad == trained
+    )
 
 
 def _state_bytes(ready: Ready) -> int:
@@ -206,7 +224,8 @@ def memory(plan: Plan, rehearsal: Rehearsal) -> dict[str, int]:
         **{name: weights(_bytes(network)) for name, network in ready.networks.items()},
         "teacher": _bytes(innermost(ready.stage.teacher.denoiser)) // half,
         "target": weights(_bytes(ready.stage.student)) * len(ready.method.followers),
-        "average": learns["student"] // share if plan.ema else 0, "optimiser": state,
+        "average": learns["student"] // share if plan.ema else 0,
+        "optimiser": state,
         "update (activations, gradients)": max(rehearsal.peak - (largest - largest // share), 0),
         "buckets of DDP": trained if world > 1 and plan.distribution == "ddp" else 0,
         "replay": plan.capacity // world * _state_bytes(ready) if ready.stage.ddil else 0,
@@ -233,7 +252,8 @@ def throughput(precision: str = "no", device: str = "cpu", seconds: float = 0.3)
 def operations(plan: Plan, problem: Problem, forward: float) -> float:
     """Of an average update on one process, roll-ins included; `forward`: of one evaluation of a row.
 
-    A backward pass counts as two evaluations, as one where only adapters learn, and one more where activations are computed again.
+    A backward pass counts as two evaluations, as one where only adapters learn, and one more where activations are
+    computed again.
     """
     rows = plan.batch // (plan.processes * plan.nodes)
     backward = (1 if plan.adapters == "lora" else 2) + plan.gradient_checkpointing
@@ -242,7 +262,9 @@ def operations(plan: Plan, problem: Problem, forward: float) -> float:
 # %% ../../nbs/09_distil/06_doctor.ipynb #ba7ecda4
 @dataclass
 class Report:
-    """What the doctor found: `lines` of (level, text), level "ok", "warning" or "problem"; memory of a process by part; seconds an update; FLOPs of an update."""
+    """What the doctor found: `lines` of (level, text), level "ok", "warning" or "problem"; memory of a process by
+    part; seconds an update; FLOPs of an update.
+    """
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
@@ -258,7 +280,11 @@ class Report:
         unit, bytes_ = ("GiB", 2**30) if sum(self.memory.values()) > 2**29 else ("MiB", 2**20)
         sizes = [f"  {size / bytes_:8.2f} {unit}  {name}" for name, size in self.memory.items()]
         total = [f"  {sum(self.memory.values()) / bytes_:8.2f} {unit}  in all, on each process"] if self.memory else []
-        took = [] if self.seconds is None else [f"  {self.seconds:8.3g} s    an update, at least ({self.operations:.3g} operations)"]
+        took = (
+            []
+            if self.seconds is None
+            else [f"  {self.seconds:8.3g} s    an update, at least ({self.operations:.3g} operations)"]
+        )
         return "\n".join([*(f"{level:8} {text}" for level, text in self.lines), *sizes, *total, *took])
 
     def check(self, what: str, look: Callable[[], str | None]) -> bool:
@@ -300,28 +326,42 @@ class Seen:
         factor = self.family.factor(json.loads(path.read_text())) if path.exists() else 8
         multiple = factor * 2 ** self.family.halvings(self.config)
         if options.size % multiple:
-            raise ValueError(f"pictures for this model must be a multiple of {multiple} pixels wide, not {options.size}")
-        return Shapes(self.family, self.config, (self.config["in_channels"], *[options.size // factor] * 2), self.tokens)
+            raise ValueError(
+                f"pictures for this model must be a multiple of {multiple} pixels wide, not {options.size}"
+            )
+        return Shapes(
+            self.family, self.config, (self.config["in_channels"], *[options.size // factor] * 2), self.tokens
+        )
 
 
 def parts_on_disk(index: Mapping) -> list[str]:
     """The parts that a pipeline's index names and that we read."""
     spared = ("safety_checker", "feature_extractor", "image_encoder")
-    return [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None and name not in spared]
+    return [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, (list, tuple)) and entry[0] is not None and name not in spared
+    ]
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #b124f7a2
 def _weights(options: ModelOptions, family: Family) -> str:
-    """What the weights on disk are. Raises FileNotFoundError or ValueError if they are missing, no safetensors, or of several types within a part."""
+    """What the weights on disk are. Raises FileNotFoundError or ValueError if they are missing, no safetensors, or
+    of several types within a part.
+    """
     lines = []
     for part in (family.network[0], family.vae[0], *family.text_encoders):
         files = sorted((Path(options.model) / part).glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"{Path(options.model) / part} has no safetensors; pickled weights are not read. Convert them "
-                                    "with diffusers' save_pretrained(…, safe_serialization=True)")
+            raise FileNotFoundError(
+                f"{Path(options.model) / part} has no safetensors; pickled weights are not read. Convert them "
+                "with diffusers' save_pretrained(…, safe_serialization=True)"
+            )
         with safe_open(files[0], "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} - {"I64", "I32"}
         if len(kinds) > 1 and part == family.network[0]:
-            raise ValueError(f"{files[0]} has weights of several types, {', '.join(sorted(kinds))}: save it anew with one")
+            raise ValueError(
+                f"{files[0]} has weights of several types, {', '.join(sorted(kinds))}: save it anew with one"
+            )
         lines.append(f"{part} {'/'.join(sorted(kinds))}")
     return ", ".join(lines)
 
@@ -334,39 +374,59 @@ def _first(items: CaptionedImages) -> Item:
 def _data(options: ModelOptions, pictures: bool) -> tuple[str, CaptionedImages]:
     items = items_of(options, pictures)
     first = _first(items)
-    return f"{items.count if items.count is not None else 'unknown many'} entries, the first is {first.caption[:40]!r}", items
+    return (
+        f"{items.count if items.count is not None else 'unknown many'} entries, the first is {first.caption[:40]!r}",
+        items,
+    )
 
 
 def _disk(plan: Plan, ready: Ready, items: CaptionedImages | None) -> str:
     """How much will be written. Raises OSError if there is no room for it."""
     trained = sum(_bytes(network, True) for network in ready.networks.values())
     checkpoints = 3 * trained * (3 + bool(plan.ema)) + len(plan.pairs) * _bytes(innermost(ready.stage.student))
-    cache = _state_bytes(ready) // 2 * (items.count or 0) if items is not None else 0  # latents and conditions, in two bytes each
+    cache = (
+        _state_bytes(ready) // 2 * (items.count or 0) if items is not None else 0
+    )  # latents and conditions, in two bytes each
     place = Path(plan.output)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if checkpoints + cache > free:
-        raise OSError(f"checkpoints and cache take {(checkpoints + cache) / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f}: name another output")
-    return f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and the cache; {free / 2**30:.0f} are free"
+        raise OSError(
+            f"checkpoints and cache take {(checkpoints + cache) / 2**30:.1f} GiB, and {place} "
+            f"has {free / 2**30:.1f}: name another output"
+        )
+    return (
+        f"{(checkpoints + cache) / 2**30:.2f} GiB for checkpoints, students and the cache; {free / 2**30:.0f} are free"
+    )
 
-
+# %% ../../nbs/09_distil/06_doctor.ipynb #59d2758d
 def _devices(plan: Plan, needed: int) -> str:
     """Where it will run. Raises ValueError if there are not enough devices, or their memory is too small."""
     if not torch.cuda.is_available() or plan.device == "cpu":
         if plan.precision == "fp16":
             raise ValueError("fp16 needs a GPU: use bf16, or no")
-        return f"{plan.processes} process{'es' * (plan.processes > 1)} on the CPU (no GPU is used; on GPUs this plan needs {needed / 2**30:.1f} GiB on each)"
+        return (
+            f"{plan.processes} process{'es' * (plan.processes > 1)} on the CPU (no GPU is used; on GPUs this "
+            f"plan needs {needed / 2**30:.1f} GiB on each)"
+        )
     if plan.processes > torch.cuda.device_count():
-        raise ValueError(f"{plan.processes} processes on a machine with {torch.cuda.device_count()} GPUs: lower processes, or raise nodes")
+        raise ValueError(
+            f"{plan.processes} processes on a machine with {torch.cuda.device_count()} "
+            f"GPUs: lower processes, or raise nodes"
+        )
     total = torch.cuda.get_device_properties(0).total_memory
     if needed > total:
-        raise ValueError(f"{needed / 2**30:.1f} GiB are needed on each GPU, and there are {total / 2**30:.1f}: use adapters='lora', gradient_checkpointing, accumulate, or distribution='fsdp2'")
+        raise ValueError(
+            f"{needed / 2**30:.1f} GiB are needed on each GPU, and there are {total / 2**30:.1f}: use "
+            f"adapters='lora', gradient_checkpointing, accumulate, or distribution='fsdp2'"
+        )
     return f"{plan.processes} GPUs of {total / 2**30:.0f} GiB"
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #3e3bb828
 def examine(plan: Plan, flops: float | None = None) -> Report:
-    """Look at everything that a plan needs, and estimate memory and time, without reading weights or pictures of a model.
+    """Look at everything that a plan needs, and estimate memory and time, without reading weights or pictures of a
+    model.
 
     `flops`: operations per second of the devices (measured here, if not given).
     """
@@ -385,21 +445,30 @@ def examine(plan: Plan, flops: float | None = None) -> Report:
 
 def _method(plan: Plan) -> str:
     """What will be done, in a line."""
-    return f"{plan.method} ({plan.entry.papers[0]}), {' → '.join(map(str, plan.stages))} steps, {'with' if plan.ddil else 'without'} DDIL"
+    return (
+        f"{plan.method} ({plan.entry.papers[0]}), {' → '.join(map(str, plan.stages))} steps, "
+        f"{'with' if plan.ddil else 'without'} DDIL"
+    )
 
-
+# %% ../../nbs/09_distil/06_doctor.ipynb #32a4be47
 def _examine_model(plan: Plan, report: Report, flops: float | None) -> None:
     """The same for a text-to-image model: its folder, scheduler, weights and data first."""
     options, seen = kind_by_name(plan.problem).form(**plan.problem_options), {}
     options = options if options.model else options.but(model=str(asset("scenes-pipeline")))
-    known = report.check("model", lambda: seen.update(model=Seen.of(options)) or f"{seen['model'].family.name} in {options.model}")
+    known = report.check(
+        "model", lambda: seen.update(model=Seen.of(options)) or f"{seen['model'].family.name} in {options.model}"
+    )
     if known:
         family, scheduler = seen["model"].family, seen["model"].scheduler
-        report.check("scheduler", lambda: f"{family.schedule(scheduler).spacing} betas, predicts {family.prediction(scheduler)}")
+        report.check(
+            "scheduler", lambda: f"{family.schedule(scheduler).spacing} betas, predicts {family.prediction(scheduler)}"
+        )
         if Path(options.model).is_dir():
             report.check("weights", lambda: _weights(options, family))
     report.check("data", lambda: seen.update(data=_data(options, needs_pictures(plan))) or seen["data"][0])
-    if not known or not report.check("size", lambda: seen.update(shapes=seen["model"].shapes(options)) or f"latents of {seen['shapes'].sample}"):
+    if not known or not report.check(
+        "size", lambda: seen.update(shapes=seen["model"].shapes(options)) or f"latents of {seen['shapes'].sample}"
+    ):
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode)
@@ -422,7 +491,14 @@ def _rehearsed(plan: Plan, report: Report, problem: Problem, mode: FakeTensorMod
     return rehearsals[0] if report.check("method", look) else None
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #b1e448d5
-def _estimate(plan: Plan, report: Report, problem: Problem, rehearsal: Rehearsal, items: CaptionedImages | None, flops: float | None) -> None:
+def _estimate(
+    plan: Plan,
+    report: Report,
+    problem: Problem,
+    rehearsal: Rehearsal,
+    items: CaptionedImages | None,
+    flops: float | None,
+) -> None:
     """Memory, time, disk and devices."""
     report.memory = memory(plan, rehearsal)
     report.check("disk", lambda: _disk(plan, rehearsal.ready, items))

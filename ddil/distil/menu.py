@@ -78,7 +78,9 @@ class Stage:
     identity: dict = field(default_factory=dict)
 
     def following(self, decay: float) -> float | None:
-        """The decay of an average that follows the student; None (no average) where only adapters learn, whose base a copy would double."""
+        """The decay of an average that follows the student; None (no average) where only adapters learn, whose base
+        a copy would double.
+        """
         return None if self.adapters else decay
 
     def example(self) -> States:
@@ -99,16 +101,34 @@ def ddil_states(stage: Stage, label: bool = True) -> RollIn:
     """DDIL's mixture, or noised data alone. `label`: whether the method needs to know where the teacher goes."""
     if stage.ddil is None:
         return Forward(stage.data, stage.student.schedule, stage.teacher.label_grid, stage.source)
-    return stage.ddil.states(stage.student, stage.teacher, stage.data, stage.shape, stage.updates, stage.batch, stage.source,
-                             solver_by_name(stage.solver), label)
+    return stage.ddil.states(
+        stage.student,
+        stage.teacher,
+        stage.data,
+        stage.shape,
+        stage.updates,
+        stage.batch,
+        stage.source,
+        solver_by_name(stage.solver),
+        label,
+    )
 
 
 def simulated_states(stage: Stage) -> RollIn:
     """DDIL's mixture without labels, or the student's own walk, one node for a whole batch (backward simulation)."""
     if stage.ddil is not None:
         return ddil_states(stage, label=False)
-    return Rollout(stage.student, stage.teacher, stage.shape, stage.data, 1.0, label=False, solver=solver_by_name(stage.solver),
-                   source=stage.source, visit="one")
+    return Rollout(
+        stage.student,
+        stage.teacher,
+        stage.shape,
+        stage.data,
+        1.0,
+        label=False,
+        solver=solver_by_name(stage.solver),
+        source=stage.source,
+        visit="one",
+    )
 
 
 def noised_data(stage: Stage) -> RollIn:
@@ -146,8 +166,18 @@ def pairs_of(stage: Stage) -> Data:
         return Rehearsed(stage)
     teacher, count = stage.teacher, stage.options.pairs
     conditions = lambda rows: stage.data.conditions(rows % len(stage.data))
-    return make_pairs(teacher.denoiser, count, stage.shape, teacher.grid.cpu(), stage.place / "pairs", conditions, teacher.solver,
-                      stage.source.seed, description=stage.identity, progress=True)
+    return make_pairs(
+        teacher.denoiser,
+        count,
+        stage.shape,
+        teacher.grid.cpu(),
+        stage.place / "pairs",
+        conditions,
+        teacher.solver,
+        stage.source.seed,
+        description=stage.identity,
+        progress=True,
+    )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #ddc1b9a6
 @dataclass(frozen=True)
@@ -160,7 +190,8 @@ class Entry:
     (teacher's steps, student's), "one" (a student of one step) or "same" (as many steps as the teacher); needs: of
     NEEDS; networks: what learns beside the student; cost: of an update, in words; ddil: why DDIL's states have no
     place here, if they have none; inputs: further inputs of the student; present: under which schedule student and
-    teacher are presented; teacher: how the teacher is put on its grid; finished: the student as it is sampled; then: the
+    teacher are presented; teacher: how the teacher is put on its grid; finished: the student as it is sampled; then:
+    the
     entry that follows in the next stage.
     """
 
@@ -186,7 +217,7 @@ class Entry:
     then: str | None = None
     starts_at_data: bool = True
 
-
+# %% ../../nbs/09_distil/01_menu.ipynb #f26cadde
 NEEDS = {
     "pictures": "clean samples to compare with or to noise",
     "pairs": "pairs of noise and sample, which a deterministic teacher makes first",
@@ -226,11 +257,17 @@ def check_steps(entry: Entry, stages: Sequence[int]) -> None:
     if entry.steps == "halving":
         halvings(stages)
         return
-    after = {"once": "and the student's, a divisor of them, such as 32, 4", "one": "and 1, such as 16, 1",
-             "same": "twice, such as 16, 16", "reflow": "twice, and 1, such as 16, 16, 1"}[entry.steps]
+    after = {
+        "once": "and the student's, a divisor of them, such as 32, 4",
+        "one": "and 1, such as 16, 1",
+        "same": "twice, such as 16, 16",
+        "reflow": "twice, and 1, such as 16, 16, 1",
+    }[entry.steps]
     first = stages[0] if stages else 0
     rest = {"once": None, "one": [1], "same": [first], "reflow": [first, 1]}[entry.steps]
-    fits = len(stages) == 2 and min(stages) >= 1 and first % stages[-1] == 0 if rest is None else list(stages[1:]) == rest
+    fits = (
+        len(stages) == 2 and min(stages) >= 1 and first % stages[-1] == 0 if rest is None else list(stages[1:]) == rest
+    )
     if first < 1 or not fits:
         raise ValueError(f"the stages of {entry.name} are the teacher's steps {after}; not {list(stages)}")
 
@@ -238,7 +275,9 @@ def check_steps(entry: Entry, stages: Sequence[int]) -> None:
 def default_stages(entry: Entry, first: int, last: int) -> tuple[int, ...]:
     """The stages from a teacher of `first` steps to a student of `last`."""
     if entry.steps != "halving":
-        return {"once": (first, last), "one": (first, 1), "same": (first, first), "reflow": (first, first, 1)}[entry.steps]
+        return {"once": (first, last), "one": (first, 1), "same": (first, first), "reflow": (first, first, 1)}[
+            entry.steps
+        ]
     stages = [first]
     while stages[-1] > last and stages[-1] % 2 == 0:
         stages.append(stages[-1] // 2)
@@ -253,7 +292,9 @@ DistanceName = Literal[tuple(DISTANCES)]  # type: ignore
 class Scaled(Form):
     """Options of methods whose student may take the guidance scale as an input."""
 
-    scales: tuple[float, float] | None = Field(None, description="train for this range of guidance scales, an input of the student")
+    scales: tuple[float, float] | None = Field(
+        None, description="train for this range of guidance scales, an input of the student"
+    )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -277,17 +318,39 @@ def at_scale(student: Denoiser, steps: int, scale: float | None) -> Denoiser:
     return Told(student, guidance_scale=float(scale or 1.0)) if "guidance_scale" in student.inputs else student
 
 
-enter(Entry(
-    "progressive", "One student step equals two of the teacher's, again and again",
-    ("Salimans & Ho 2022", "Meng et al. 2023"), ddil_states, lambda stage: Progressive(stage.teacher, stage.options.weighting),
-    "student and back, and the teacher's two steps", aliases=("pd", "progressive-distillation"), steps="halving",
-    options=Weighted, inputs=scaled_inputs, finished=at_scale))
+enter(
+    Entry(
+        "progressive",
+        "One student step equals two of the teacher's, again and again",
+        ("Salimans & Ho 2022", "Meng et al. 2023"),
+        ddil_states,
+        lambda stage: Progressive(stage.teacher, stage.options.weighting),
+        "student and back, and the teacher's two steps",
+        aliases=("pd", "progressive-distillation"),
+        steps="halving",
+        options=Weighted,
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
-enter(Entry(
-    "guidance", "One evaluation replaces the two of a guided teacher", ("Meng et al. 2023, stage one",), ddil_states,
-    lambda stage: GuidanceDistillation(stage.teacher.denoiser, stage.options.weighting),
-    "student and back, and one guided estimate", aliases=("guidance-distillation",), steps="same", options=Weighted,
-    needs=frozenset({"null condition"}), inputs=scaled_inputs, finished=at_scale))
+# %% ../../nbs/09_distil/01_menu.ipynb #9f38d3e0
+enter(
+    Entry(
+        "guidance",
+        "One evaluation replaces the two of a guided teacher",
+        ("Meng et al. 2023, stage one",),
+        ddil_states,
+        lambda stage: GuidanceDistillation(stage.teacher.denoiser, stage.options.weighting),
+        "student and back, and one guided estimate",
+        aliases=("guidance-distillation",),
+        steps="same",
+        options=Weighted,
+        needs=frozenset({"null condition"}),
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #e9dae459
 class Paired(Form):
@@ -304,10 +367,22 @@ class Naive(Paired):
 
 NO_WALK = "its student only sees pure noise, where every walk begins"
 
-enter(Entry(
-    "naive", "One step from the noise to the teacher's sample", ("Luhman & Luhman 2021",), noised_pairs,
-    lambda stage: Regression(stage.teacher, stage.options.distance), "student and back (pairs are made first)", steps="one",
-    options=Naive, needs=frozenset({"pairs"}), ddil=NO_WALK, aliases=("naive-distillation", "knowledge-distillation"), starts_at_data=False))
+enter(
+    Entry(
+        "naive",
+        "One step from the noise to the teacher's sample",
+        ("Luhman & Luhman 2021",),
+        noised_pairs,
+        lambda stage: Regression(stage.teacher, stage.options.distance),
+        "student and back (pairs are made first)",
+        steps="one",
+        options=Naive,
+        needs=frozenset({"pairs"}),
+        ddil=NO_WALK,
+        aliases=("naive-distillation", "knowledge-distillation"),
+        starts_at_data=False,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #68242bca
 def as_flow(denoiser: Denoiser) -> Denoiser:
@@ -315,9 +390,13 @@ def as_flow(denoiser: Denoiser) -> Denoiser:
     return denoiser if denoiser.schedule == RectifiedFlow() else Rescheduled(denoiser, RectifiedFlow())
 
 
-def on_flow_grid(denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Form, **rest) -> Teacher:
+def on_flow_grid(
+    denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Form, **rest
+) -> Teacher:
     """The teacher on equal steps of a flow."""
-    return Teacher(denoiser, torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64), steps[0] // steps[1], rest["solver"])
+    return Teacher(
+        denoiser, torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64), steps[0] // steps[1], rest["solver"]
+    )
 
 
 def flow_states(stage: Stage) -> RollIn:
@@ -325,27 +404,60 @@ def flow_states(stage: Stage) -> RollIn:
     pairs = pairs_of(stage)
     if stage.ddil is None:
         return Forward(pairs, stage.student.schedule, source=stage.source)
-    return stage.ddil.states(stage.student, stage.teacher, pairs, stage.shape, stage.updates, stage.batch, stage.source, label=False)
+    return stage.ddil.states(
+        stage.student, stage.teacher, pairs, stage.shape, stage.updates, stage.batch, stage.source, label=False
+    )
 
 
-enter(Entry(
-    "reflow", "Straight lines from a noise to the sample that it became", ("Liu et al. 2022",), flow_states,
-    lambda stage: Denoising("flow"), "student and back (pairs are made first)", aliases=("rectified-flow",), steps="same",
-    options=Paired, needs=frozenset({"pairs"}), present=as_flow, teacher=on_flow_grid, starts_at_data=False))
+enter(
+    Entry(
+        "reflow",
+        "Straight lines from a noise to the sample that it became",
+        ("Liu et al. 2022",),
+        flow_states,
+        lambda stage: Denoising("flow"),
+        "student and back (pairs are made first)",
+        aliases=("rectified-flow",),
+        steps="same",
+        options=Paired,
+        needs=frozenset({"pairs"}),
+        present=as_flow,
+        teacher=on_flow_grid,
+        starts_at_data=False,
+    )
+)
 
-enter(Entry(
-    "instaflow", "A rectified flow, then its distillation to one step", ("Liu et al. 2023",), flow_states,
-    lambda stage: Denoising("flow"), "student and back (pairs are made first, in both stages)", steps="reflow",
-    options=Naive, needs=frozenset({"pairs"}), present=as_flow, teacher=on_flow_grid, then="naive", starts_at_data=False))
+# %% ../../nbs/09_distil/01_menu.ipynb #ab3e87f2
+enter(
+    Entry(
+        "instaflow",
+        "A rectified flow, then its distillation to one step",
+        ("Liu et al. 2023",),
+        flow_states,
+        lambda stage: Denoising("flow"),
+        "student and back (pairs are made first, in both stages)",
+        steps="reflow",
+        options=Naive,
+        needs=frozenset({"pairs"}),
+        present=as_flow,
+        teacher=on_flow_grid,
+        then="naive",
+        starts_at_data=False,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #3c733acc
 class Walked(Form):
     """Options of SFD."""
 
     distance: DistanceName = Field("l1", description="between the student's arrival and the teacher's")
-    labeller: Literal["trajectory", "teacher"] = Field("trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states")
+    labeller: Literal["trajectory", "teacher"] = Field(
+        "trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states"
+    )
     driver: Literal["student", "teacher"] = Field("student", description="who makes the steps")
-    lengths: tuple[int, ...] = Field((), description="numbers of steps of one student for all of them (SFD-v); none: the student's alone")
+    lengths: tuple[int, ...] = Field(
+        (), description="numbers of steps of one student for all of them (SFD-v); none: the student's alone"
+    )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -371,14 +483,32 @@ def own_walk(stage: Stage) -> RollIn:
     if options.lengths and own not in options.lengths:
         raise ValueError(f"lengths: the student is to be sampled in {own} steps, so {own} must be among them")
     teachers = [Teacher(teacher.denoiser, teacher.grid, all_steps // n, teacher.solver) for n in options.lengths]
-    return Walk(stage.student, teachers or teacher, stage.shape, stage.data, options.labeller, options.driver, source=stage.source)
+    return Walk(
+        stage.student,
+        teachers or teacher,
+        stage.shape,
+        stage.data,
+        options.labeller,
+        options.driver,
+        source=stage.source,
+    )
 
-
-enter(Entry(
-    "sfd", "One optimiser step at every node of the student's own walk", ("Zhou et al. 2024",), own_walk,
-    lambda stage: Regression(stage.teacher, stage.options.distance), "student and back, and a share of the teacher's walk",
-    options=Walked, inputs=lambda options: options.inputs, ddil="its states are a walk of their own: choose its driver",
-    finished=lambda student, steps, scale: Told(student, steps=steps) if "steps" in student.inputs else student, starts_at_data=False))
+# %% ../../nbs/09_distil/01_menu.ipynb #0aef00a2
+enter(
+    Entry(
+        "sfd",
+        "One optimiser step at every node of the student's own walk",
+        ("Zhou et al. 2024",),
+        own_walk,
+        lambda stage: Regression(stage.teacher, stage.options.distance),
+        "student and back, and a share of the teacher's walk",
+        options=Walked,
+        inputs=lambda options: options.inputs,
+        ddil="its states are a walk of their own: choose its driver",
+        finished=lambda student, steps, scale: Told(student, steps=steps) if "steps" in student.inputs else student,
+        starts_at_data=False,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #5fc8b180
 class Followed(Scaled):
@@ -400,31 +530,81 @@ JUMPS = "student and back, its target, and one look of the teacher"
 
 def consistent(destination: Callable[[Stage], Edges | Anywhere], follows: bool = True) -> Callable[[Stage], Method]:
     """The question of the consistency family, for jumps that end at `destination`."""
+
     def question(stage: Stage) -> Method:
         target = stage.following(stage.options.target_decay) if follows else None
         return Consistency(stage.teacher, destination(stage), target, stage.options.distance)
+
     return question
 
 
-enter(Entry(
-    "consistency", "Two states one step of the teacher apart must give the same clean sample", ("Song et al. 2023",), ddil_states, consistent(lambda stage: TO_THE_END),
-    JUMPS, aliases=("cd", "consistency-distillation"), look=1, solver="consistency", options=FollowedL2, inputs=scaled_inputs,
-    finished=at_scale))
+enter(
+    Entry(
+        "consistency",
+        "Two states one step of the teacher apart must give the same clean sample",
+        ("Song et al. 2023",),
+        ddil_states,
+        consistent(lambda stage: TO_THE_END),
+        JUMPS,
+        aliases=("cd", "consistency-distillation"),
+        look=1,
+        solver="consistency",
+        options=FollowedL2,
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
-enter(Entry(
-    "lcm", "The same for latents under guidance, with long steps of the teacher", ("Luo et al. 2023",), ddil_states,
-    consistent(lambda stage: TO_THE_END), JUMPS, aliases=("latent-consistency",), look=1, solver="consistency", options=Followed,
-    inputs=scaled_inputs, finished=at_scale))
+# %% ../../nbs/09_distil/01_menu.ipynb #b94128ca
+enter(
+    Entry(
+        "lcm",
+        "The same for latents under guidance, with long steps of the teacher",
+        ("Luo et al. 2023",),
+        ddil_states,
+        consistent(lambda stage: TO_THE_END),
+        JUMPS,
+        aliases=("latent-consistency",),
+        look=1,
+        solver="consistency",
+        options=Followed,
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
-enter(Entry(
-    "segments", "The same within segments: a jump ends where its segment ends", ("Heek et al. 2024",), ddil_states,
-    consistent(lambda stage: Edges(stage.teacher.student_grid), follows=False), JUMPS,
-    aliases=("multistep-consistency", "pcm"), look=1, options=Followed, inputs=scaled_inputs, finished=at_scale))
+enter(
+    Entry(
+        "segments",
+        "The same within segments: a jump ends where its segment ends",
+        ("Heek et al. 2024",),
+        ddil_states,
+        consistent(lambda stage: Edges(stage.teacher.student_grid), follows=False),
+        JUMPS,
+        aliases=("multistep-consistency", "pcm"),
+        look=1,
+        options=Followed,
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
-enter(Entry(
-    "tcd", "The same, but a jump may end at any smaller time", ("Zheng et al. 2024",), ddil_states,
-    consistent(lambda stage: Anywhere(stage.teacher.grid.cpu())), JUMPS, aliases=("trajectory-consistency",), look=1,
-    options=Followed, inputs=scaled_inputs, finished=at_scale))
+# %% ../../nbs/09_distil/01_menu.ipynb #e764bf08
+enter(
+    Entry(
+        "tcd",
+        "The same, but a jump may end at any smaller time",
+        ("Zheng et al. 2024",),
+        ddil_states,
+        consistent(lambda stage: Anywhere(stage.teacher.grid.cpu())),
+        JUMPS,
+        aliases=("trajectory-consistency",),
+        look=1,
+        options=Followed,
+        inputs=scaled_inputs,
+        finished=at_scale,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #b732498e
 class Trajectory(Form):
@@ -433,7 +613,9 @@ class Trajectory(Form):
     distance: DistanceName = Field("huber", description="between the two arrivals")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
     longest: int = Field(4, ge=1, description="the teacher looks 1 to this many of its steps ahead")
-    denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
+    denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field(
+        "adaptive", description="weight of the denoising term: a number, or adaptive"
+    )
 
 
 def trajectory(stage: Stage) -> Method:
@@ -442,10 +624,21 @@ def trajectory(stage: Stage) -> Method:
     return CTM(stage.teacher, options.target_decay, options.distance, options.longest, options.denoising)
 
 
-enter(Entry(
-    "ctm", "Jumps between any two times; the network gets the end time as an input", ("Kim et al. 2023",), ddil_states, trajectory,
-    "student and back, three jumps of its target, one to a few looks of the teacher", look=1, options=Trajectory,
-    needs=frozenset({"inputs"}), inputs=lambda options: ("end",), aliases=("consistency-trajectory",)))
+enter(
+    Entry(
+        "ctm",
+        "Jumps between any two times; the network gets the end time as an input",
+        ("Kim et al. 2023",),
+        ddil_states,
+        trajectory,
+        "student and back, three jumps of its target, one to a few looks of the teacher",
+        look=1,
+        options=Trajectory,
+        needs=frozenset({"inputs"}),
+        inputs=lambda options: ("end",),
+        aliases=("consistency-trajectory",),
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #dce52ce7
 class Cycled(Form):
@@ -456,18 +649,36 @@ class Cycled(Form):
     last: float = Field(0.2, gt=0, lt=1, description="where the grid ends, in steps of the teacher above 0")
 
 
-def ends_above_zero(denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Form, **rest) -> Teacher:
+def ends_above_zero(
+    denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Form, **rest
+) -> Teacher:
     """The teacher on a grid whose last time is a little above 0."""
     stops = grid(steps[0])
     stops = torch.cat([stops[:-1], stops[-2:-1] * options.last])
     return Teacher(denoiser, stops, steps[0] // steps[1], rest["solver"], rest["look"])
 
 
-enter(Entry(
-    "there-and-back", "One network goes towards the data, a second one back towards noise", ("Starodubcev et al. 2024",), ddil_states,
-    lambda stage: BiDirectional(stage.teacher, stage.teacher.student_grid, stage.begin("encoder"), stage.options.weight, stage.options.distance),
-    "twice: a network and back, three jumps without gradient, one look of the teacher", look=1, options=Cycled,
-    networks=("encoder",), teacher=ends_above_zero, aliases=("bidirectional",)))
+enter(
+    Entry(
+        "there-and-back",
+        "One network goes towards the data, a second one back towards noise",
+        ("Starodubcev et al. 2024",),
+        ddil_states,
+        lambda stage: BiDirectional(
+            stage.teacher,
+            stage.teacher.student_grid,
+            stage.begin("encoder"),
+            stage.options.weight,
+            stage.options.distance,
+        ),
+        "twice: a network and back, three jumps without gradient, one look of the teacher",
+        look=1,
+        options=Cycled,
+        networks=("encoder",),
+        teacher=ends_above_zero,
+        aliases=("bidirectional",),
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #a7ab3d9a
 class Trained(Form):
@@ -479,14 +690,27 @@ class Trained(Form):
 
 def training(stage: Stage) -> Method:
     """Consistency without a teacher."""
-    return ConsistencyTraining(stage.student.schedule, TO_THE_END, stage.following(stage.options.target_decay), stage.options.distance)
+    return ConsistencyTraining(
+        stage.student.schedule, TO_THE_END, stage.following(stage.options.target_decay), stage.options.distance
+    )
 
 
-enter(Entry(
-    "consistency-training", "Consistency along the line to the data, without a teacher", ("Song et al. 2023, algorithm 3",),
-    lambda stage: Forward(stage.data, stage.student.schedule, stage.teacher.grid.cpu(), stage.source), training,
-    "student and back, and its target", aliases=("ct",), look=1, solver="consistency", options=Trained,
-    needs=frozenset({"pictures"}), ddil="its target lies on the line to the data that a state was made from"))
+enter(
+    Entry(
+        "consistency-training",
+        "Consistency along the line to the data, without a teacher",
+        ("Song et al. 2023, algorithm 3",),
+        lambda stage: Forward(stage.data, stage.student.schedule, stage.teacher.grid.cpu(), stage.source),
+        training,
+        "student and back, and its target",
+        aliases=("ct",),
+        look=1,
+        solver="consistency",
+        options=Trained,
+        needs=frozenset({"pictures"}),
+        ddil="its target lies on the line to the data that a state was made from",
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #eedc99a4
 class Matched(Form):
@@ -528,43 +752,103 @@ STEADY = {"decay": "constant", "clip": 10.0}  # a constant rate, and gradients c
 # %% ../../nbs/09_distil/01_menu.ipynb #3355abad
 def matched(fake: Callable[[Stage], Delta]) -> Callable[[Stage], Method]:
     """The question of the family, where `fake` says how the student's score is known."""
+
     def question(stage: Stage) -> Method:
         options = stage.options
         adversary = getattr(options, "adversary", 0.0)
         return DistributionMatching(
-            stage.teacher.denoiser, fake(stage), times=(options.low, options.high), ratio=getattr(options, "ratio", 1),
-            adversary=adversary, regression=getattr(options, "regression", 0.0), data=stage.real_samples() if adversary else None)
+            stage.teacher.denoiser,
+            fake(stage),
+            times=(options.low, options.high),
+            ratio=getattr(options, "ratio", 1),
+            adversary=adversary,
+            regression=getattr(options, "regression", 0.0),
+            data=stage.real_samples() if adversary else None,
+        )
+
     return question
 
 
 def critic(stage: Stage) -> Critic:
     """A network that learns the student's score, with a judge's head if it shall judge."""
     network = stage.begin("fake")
-    weighting = "snr" if getattr(innermost(network), "prediction", None) == "eps" else "snr_plus_one"  # "snr": the error of eps
+    weighting = (
+        "snr" if getattr(innermost(network), "prediction", None) == "eps" else "snr_plus_one"
+    )  # "snr": the error of eps
     if getattr(stage.options, "adversary", 0.0):
         network = judged(network, stage.example(), seed=stage.source.seed)
     return Critic(network, weighting)
 
 
-enter(Entry(
-    "sds", "Score distillation: one's own score is that of the sample itself", ("Poole et al. 2022",), simulated_states,
-    matched(lambda stage: Delta()), "student and back, and the teacher's score", aliases=("score-distillation",),
-    solver="consistency", options=Matched, settings=STEADY, starts_at_data=False))
+enter(
+    Entry(
+        "sds",
+        "Score distillation: one's own score is that of the sample itself",
+        ("Poole et al. 2022",),
+        simulated_states,
+        matched(lambda stage: Delta()),
+        "student and back, and the teacher's score",
+        aliases=("score-distillation",),
+        solver="consistency",
+        options=Matched,
+        settings=STEADY,
+        starts_at_data=False,
+    )
+)
 
-enter(Entry(
-    "unbiased-score", "One's own score, from remembered samples", ("Schlichting et al. 2024",), simulated_states,
-    matched(lambda stage: Samples(stage.student.schedule, stage.options.memory)), "student and back, and the teacher's score",
-    solver="consistency", options=Remembered, settings=STEADY, needs=frozenset({"labels"}), starts_at_data=False))
+# %% ../../nbs/09_distil/01_menu.ipynb #0789783f
+enter(
+    Entry(
+        "unbiased-score",
+        "One's own score, from remembered samples",
+        ("Schlichting et al. 2024",),
+        simulated_states,
+        matched(lambda stage: Samples(stage.student.schedule, stage.options.memory)),
+        "student and back, and the teacher's score",
+        solver="consistency",
+        options=Remembered,
+        settings=STEADY,
+        needs=frozenset({"labels"}),
+        starts_at_data=False,
+    )
+)
 
-enter(Entry(
-    "dmd", "Scores matched by a critic, and regression on pairs", ("Yin et al. 2023",), noised_pairs, matched(critic),
-    f"{SIMULATED}; the critic and back (pairs are made first)", solver="consistency", steps="one", options=Regressed,
-    settings=STEADY, needs=frozenset({"pairs"}), networks=("fake",), ddil=NO_WALK, starts_at_data=False))
+enter(
+    Entry(
+        "dmd",
+        "Scores matched by a critic, and regression on pairs",
+        ("Yin et al. 2023",),
+        noised_pairs,
+        matched(critic),
+        f"{SIMULATED}; the critic and back (pairs are made first)",
+        solver="consistency",
+        steps="one",
+        options=Regressed,
+        settings=STEADY,
+        needs=frozenset({"pairs"}),
+        networks=("fake",),
+        ddil=NO_WALK,
+        starts_at_data=False,
+    )
+)
 
-enter(Entry(
-    "dmd2", "Scores matched by a critic that is updated more often and judges", ("Yin et al. 2024",), simulated_states,
-    matched(critic), f"{SIMULATED}, once in `ratio` updates; the critic and back, each time", solver="consistency",
-    options=Criticised, settings=STEADY, needs=frozenset({"pictures"}), networks=("fake",), starts_at_data=False))
+# %% ../../nbs/09_distil/01_menu.ipynb #801be304
+enter(
+    Entry(
+        "dmd2",
+        "Scores matched by a critic that is updated more often and judges",
+        ("Yin et al. 2024",),
+        simulated_states,
+        matched(critic),
+        f"{SIMULATED}, once in `ratio` updates; the critic and back, each time",
+        solver="consistency",
+        options=Criticised,
+        settings=STEADY,
+        needs=frozenset({"pictures"}),
+        networks=("fake",),
+        starts_at_data=False,
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #4563073c
 class Adversarial(Form):
@@ -572,21 +856,41 @@ class Adversarial(Form):
 
     distillation: float = Field(2.5, ge=0, description="weight of the teacher's term")
     gamma: float = Field(1e-5, ge=0, description="weight of the judge's gradient penalty")
-    term: Literal[tuple(DISTILLATION_WEIGHTS)] = Field("exponential", description="weight of the teacher's term by time")  # type: ignore
+    term: Literal[tuple(DISTILLATION_WEIGHTS)] = Field(
+        "exponential", description="weight of the teacher's term by time"
+    )  # type: ignore
 
 
 def adversarial(stage: Stage) -> Method:
     """ADD's question, with heads that fit the features of one sample."""
     options, one = stage.options, stage.example()
     heads = heads_for(stage.features, one.z).to(stage.student.device)
-    return AdversarialDistillation(stage.teacher.denoiser, stage.features, heads, weighting=options.term,
-                                   distillation=options.distillation, gamma=options.gamma, data=stage.real_samples())
+    return AdversarialDistillation(
+        stage.teacher.denoiser,
+        stage.features,
+        heads,
+        weighting=options.term,
+        distillation=options.distillation,
+        gamma=options.gamma,
+        data=stage.real_samples(),
+    )
 
 
-enter(Entry(
-    "add", "A judge on frozen features, and one step of the teacher", ("Sauer et al. 2023",), noised_data, adversarial,
-    "student and back, one step of the teacher, and the judge's features, three times", solver="consistency",
-    options=Adversarial, settings=STEADY, needs=frozenset({"pictures", "features"}), networks=("discriminator",)))
+enter(
+    Entry(
+        "add",
+        "A judge on frozen features, and one step of the teacher",
+        ("Sauer et al. 2023",),
+        noised_data,
+        adversarial,
+        "student and back, one step of the teacher, and the judge's features, three times",
+        solver="consistency",
+        options=Adversarial,
+        settings=STEADY,
+        needs=frozenset({"pictures", "features"}),
+        networks=("discriminator",),
+    )
+)
 
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
 def menu_text() -> str:
@@ -594,8 +898,11 @@ def menu_text() -> str:
     blocks = []
     for entry in MENU.values():
         needs = "; ".join(NEEDS[name] for name in sorted(entry.needs))
-        lines = [f"{entry.name}" + (f"  (also {', '.join(entry.aliases)})" if entry.aliases else ""), f"    {entry.title}: {'; '.join(entry.papers)}",
-                 f"    costs {entry.cost}"]
+        lines = [
+            f"{entry.name}" + (f"  (also {', '.join(entry.aliases)})" if entry.aliases else ""),
+            f"    {entry.title}: {'; '.join(entry.papers)}",
+            f"    costs {entry.cost}",
+        ]
         lines += [f"    needs {needs}"] if needs else []
         plain = "noised data" if entry.starts_at_data else "walks, or pairs that the teacher made"
         lines += [f"    states: {plain}" + (f"; takes no DDIL: {entry.ddil}" if entry.ddil else "; or DDIL's mixture")]

@@ -36,9 +36,14 @@ Pair = tuple[Probability, Probability]
 class WhoseStates(Form):
     """DDIL: on whose states the student is trained."""
 
-    collected: Pair = Field((0.25, 0.50), description="share of collected states before and after 60 % of a stage; 0,0: the method's plain states")
+    collected: Pair = Field(
+        (0.25, 0.50),
+        description="share of collected states before and after 60 % of a stage; 0,0: the method's plain states",
+    )
     beta: Pair = Field((0.15, 0.80), description="share of the student's transitions in roll-outs, likewise")
-    mixing: Literal["batch", "sample"] = Field("batch", description="one choice of roll-in and driver for a batch, or for each sample")
+    mixing: Literal["batch", "sample"] = Field(
+        "batch", description="one choice of roll-in and driver for a batch, or for each sample"
+    )
     capacity: Count = Field(8192, description="states that are kept")
     reuse: Positive = Field(4.0, description="times that a kept state is trained on, on average")
 
@@ -47,19 +52,26 @@ class HowLong(Settings):
     """How long, how fast and how safely a stage is trained: the trainer's settings, and what concerns whole runs."""
 
     checkpoint_every: Natural = Field(500, description="updates between two checkpoints; 0: none")
-    watch_every: Natural = Field(0, description="updates between looks at the samples' coverage, whose best student is kept; 0: none")
+    watch_every: Natural = Field(
+        0, description="updates between looks at the samples' coverage, whose best student is kept; 0: none"
+    )
     seed: Natural = Field(0, description="of everything that is drawn")
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0b9288ea
 class What(Form):
     """What is trained, and how its estimates are kept."""
 
-    adapters: Literal["full", "lora"] = Field("full", description="all weights, or low-rank adapters on the teacher's own network")
+    adapters: Literal["full", "lora"] = Field(
+        "full", description="all weights, or low-rank adapters on the teacher's own network"
+    )
     rank: Count = Field(64, description="of adapters")
     alpha: float | None = Field(None, gt=0, description="adapters are scaled by alpha / rank; none: by 1")
-    reflection: Literal["off", "static", "dynamic"] = Field("off", description="how clean estimates are kept within the bound")
+    reflection: Literal["off", "static", "dynamic"] = Field(
+        "off", description="how clean estimates are kept within the bound"
+    )
     bound: Positive = Field(1.0, description="of reflection")
-    teacher_solver: Literal[tuple(ODE_SOLVERS)] = Field("ddim", description="that the first teacher walks with")  # type: ignore
+    # type: ignore
+    teacher_solver: Literal[tuple(ODE_SOLVERS)] = Field("ddim", description="that the first teacher walks with")
 
 
 class Where(Form):
@@ -74,26 +86,37 @@ class Where(Form):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cuda: as many cards as processes")
 
 # %% ../../nbs/09_distil/03_plan.ipynb #5d026fb8
-SMALL = {"stages": (16, 8, 4, 2, 1), "output": "runs/distil", "ema": 0.99, "reflection": "static"}  # where no problem says better
+SMALL = {
+    "stages": (16, 8, 4, 2, 1),
+    "output": "runs/distil",
+    "ema": 0.99,
+    "reflection": "static",
+}  # where no problem says better
 
 
 def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str, Any]]:
     """The entry and the kind of problem of some values, and the values as a plan takes them, options apart."""
     values = dict(values)
     entry = method_by_name(values.get("method", "progressive"))
-    name = values.get("problem") or ("model" if "model" in values or "model" in values.get("problem_options", {}) else "")
+    name = values.get("problem") or (
+        "model" if "model" in values or "model" in values.get("problem_options", {}) else ""
+    )
     kind = kind_by_name(name) if name else None
     values |= {"method": entry.name, "problem": kind.name if kind else ""}
     for key, form in (("method_options", entry.options), ("problem_options", kind.form if kind else Form)):
         if both := [name for name in form.model_fields if name in Plan.model_fields]:
-            raise ValueError(f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them")
+            raise ValueError(
+                f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them"
+            )
         own = {name: values.pop(name) for name in form.model_fields if name in values}
         values[key] = _understood(form, {**(values.get(key) or {}), **own})
     return entry, kind, values
 
 
 def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
-    """The values as the form understands them, so that text from a command line makes the same plan; or as they are, if they have faults."""
+    """The values as the form understands them, so that text from a command line makes the same plan; or as they
+    are, if they have faults.
+    """
     try:
         return form(**values).given()
     except UnusableValues:
@@ -109,7 +132,7 @@ def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
         known["collected"] = (0.0, 0.0)
     return {**known, **entry.settings}
 
-
+# %% ../../nbs/09_distil/03_plan.ipynb #0e237039
 def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
     """Some twenty lines of the log for a short stage, and at most fifty updates between two."""
     updates = understand(values.get("updates", 1000), int)
@@ -119,9 +142,13 @@ def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
 class Values(Where, What, HowLong, WhoseStates):
     """The fields of a plan, and what their names stand for."""
 
-    problem: str = Field("", description="a kind of problem, such as digits; none: it is given in Python, or a model is named")
+    problem: str = Field(
+        "", description="a kind of problem, such as digits; none: it is given in Python, or a model is named"
+    )
     method: str = Field("progressive", description="a method of the menu, see `ddil methods`")
-    stages: tuple[Count, ...] = Field((16, 8, 4, 2, 1), description="numbers of steps, from the teacher's to the student's")
+    stages: tuple[Count, ...] = Field(
+        (16, 8, 4, 2, 1), description="numbers of steps, from the teacher's to the student's"
+    )
     problem_options: dict = Field(default_factory=dict, description="what the problem takes of its own")
     method_options: dict = Field(default_factory=dict, description="what the method takes of its own")
 
@@ -160,28 +187,41 @@ class Checked(Values):
         """A batch can be shared by the processes, and a trajectory kept for each of its rows."""
         parts = self.processes * self.nodes * self.accumulate
         if self.batch % parts:
-            yield (f"batch = {self.batch}: cannot be shared by {self.processes} processes on {self.nodes} nodes in "
-                   f"{self.accumulate} parts each: choose a multiple of {parts}")
+            yield (
+                f"batch = {self.batch}: cannot be shared by {self.processes} processes on {self.nodes} nodes in "
+                f"{self.accumulate} parts each: choose a multiple of {parts}"
+            )
         most = self.batch * max(self.stages[1:], default=1)
         if any(self.collected) and self.capacity < most:
-            yield (f"capacity = {self.capacity}: cannot hold one trajectory for each row of the batch: choose {most} "
-                   "or more, or a smaller batch")
+            yield (
+                f"capacity = {self.capacity}: cannot hold one trajectory for each row of the batch: choose {most} "
+                "or more, or a smaller batch"
+            )
 
     @rule
     def together(self) -> Iterable[str]:
         """Adapters go together with the rest."""
         if self.adapters == "lora" and self.compile_teacher:
-            yield "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be compiled apart"
+            yield (
+                "compile_teacher = True: the adapters' teacher is the student's own network, which cannot be "
+                "compiled apart"
+            )
         if self.adapters == "lora" and self.distribution != "ddp":
-            yield (f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: "
-                   "choose 'ddp'")
+            yield (
+                f"distribution = {self.distribution!r}: does not share out a frozen network that adapters sit on: "
+                "choose 'ddp'"
+            )
         if self.adapters == "lora" and self.entry.inputs(self.options):
-            yield ("adapters = 'lora': adapters on a shared network take no further inputs, which this method's student "
-                   "needs: choose 'full'")
+            yield (
+                "adapters = 'lora': adapters on a shared network take no further inputs, which this method's student "
+                "needs: choose 'full'"
+            )
 
 # %% ../../nbs/09_distil/03_plan.ipynb #689850a2
 class Plan(Checked):
-    """Everything that decides a distillation. Raises UnusableValues, a ValueError that lists all faults with remedies."""
+    """Everything that decides a distillation. Raises UnusableValues, a ValueError that lists all faults with
+    remedies.
+    """
 
     def __init__(self, /, **values: Any):
         merged, faults = _merged(values)
@@ -234,14 +274,24 @@ def flat(plan: Plan) -> dict[str, Any]:
     """All values of a plan as they are written in a file; what the method or the plan has no use for is left out."""
     unused = set(WhoseStates.model_fields) if plan.entry.ddil else set()
     unused |= {"bound"} if plan.reflection == "off" else set()
-    values = {name: value for name, value in plan.model_dump().items() if name not in unused and not name.endswith("_options")}
+    values = {
+        name: value for name, value in plan.model_dump().items() if name not in unused and not name.endswith("_options")
+    }
     return json.loads(json.dumps({**values, **plan.problem_options, **plan.method_options}))
 
 
 def decisive(plan: Plan) -> dict[str, Any]:
     """What decides the students, in plain values: not where it runs, nor what is found in the problem's description."""
-    free = {*Where.model_fields, "log_every", "checkpoint_every", "watch_every", "gradient_checkpointing", "problem",
-            "problem_options", "method_options"} - {"precision"}
+    free = {
+        *Where.model_fields,
+        "log_every",
+        "checkpoint_every",
+        "watch_every",
+        "gradient_checkpointing",
+        "problem",
+        "problem_options",
+        "method_options",
+    } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
     free |= set() if any(plan.collected) else {"beta", "mixing", "capacity", "reuse"}
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
@@ -270,17 +320,29 @@ def _ignored(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
     """Complaints about options that the method would ignore."""
     if entry.ddil:
         for name in WhoseStates.model_fields:
-            if name in values and not (name == "collected" and not any(float(share) for share in _numbers(values[name]))):
+            if name in values and not (
+                name == "collected" and not any(float(share) for share in _numbers(values[name]))
+            ):
                 yield f"{name} = {values[name]!r}: {entry.name} takes no DDIL: {entry.ddil}. Leave it out"
     if values.get("adapters", "full") == "full":
-        yield from (f"{name} = {values[name]!r}: only adapters have one: add adapters = 'lora', or leave it out" for name in ("alpha",) if values.get(name) is not None)
+        yield from (
+            f"{name} = {values[name]!r}: only adapters have one: add adapters = 'lora', or leave it out"
+            for name in ("alpha",)
+            if values.get(name) is not None
+        )
     if values.get("reflection", _defaults(entry, kind).get("reflection", "off")) == "off" and "bound" in values:
         yield f"bound = {values['bound']!r}: only reflection has one: add reflection = 'static', or leave it out"
 
-
+# %% ../../nbs/09_distil/03_plan.ipynb #96d218e6
 def _numbers(value: Any) -> list[float]:
     """The numbers in a list or a text with commas; a text that is none counts as 1."""
-    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = (
+        value.strip("[]() ").split(",")
+        if isinstance(value, str)
+        else value
+        if isinstance(value, (list, tuple))
+        else [value]
+    )
     try:
         return [float(part) for part in parts]
     except (TypeError, ValueError):
@@ -291,33 +353,89 @@ def _strange(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
     """Complaints about names that neither the plan, nor the method, nor the problem knows."""
     known = [*Plan.model_fields, *entry.options.model_fields, *(kind.form.model_fields if kind else ())]
     others: dict[str, list[str]] = {}
-    for word, form in [*((other.name, other.options) for other in MENU.values()), *((other.name, other.form) for other in KINDS_OF_PROBLEM.values())]:
+    for word, form in [
+        *((other.name, other.options) for other in MENU.values()),
+        *((other.name, other.form) for other in KINDS_OF_PROBLEM.values()),
+    ]:
         for name in form.model_fields:
             others.setdefault(name, []).append(word)
     for name in values:
         if name not in known:
-            whose = f"it is an option of {', '.join(others[name])}, not of {entry.name}" + (f" on {kind.name}" if kind else "") if name in others else \
-                f"there is no such option{did_you_mean(name, known)}"
+            whose = (
+                f"it is an option of {', '.join(others[name])}, not of {entry.name}"
+                + (f" on {kind.name}" if kind else "")
+                if name in others
+                else f"there is no such option{did_you_mean(name, known)}"
+            )
             yield f"{name} = {values[name]!r}: {whose}"
 
 # %% ../../nbs/09_distil/03_plan.ipynb #535a26ea
 PRESETS: dict[str, dict] = {
     "scenes": dict(problem="scenes"),
-    "scenes-dmd2": dict(problem="scenes", method="dmd2", stages=(32, 4), collected=(0.0, 0.0), updates=300, learning_rate=1e-4, ratio=2),
-    "sd15-coco": dict(problem="model", data_format="coco", size=512, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000,
-                      batch=64, learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, processes=8),
-    "ssd1b": dict(problem="model", size=1024, stages=(64, 32, 16, 8, 4), guidance_scale=7.5, updates=10000, batch=32,
-                  learning_rate=1e-5, precision="bf16", gradient_checkpointing=True, capacity=2048, distribution="fsdp2", processes=8),
-    "ssd1b-dmd2": dict(problem="model", method="dmd2", size=1024, stages=(32, 4), guidance_scale=8.0, updates=40000, batch=7,
-                       learning_rate=5e-5, warm_up=500, weight_decay=0.01, adapters="lora", rank=64, alpha=8.0, ratio=5,
-                       adversary=0.005, watch_every=1000, precision="bf16", gradient_checkpointing=True, capacity=1024),
+    "scenes-dmd2": dict(
+        problem="scenes", method="dmd2", stages=(32, 4), collected=(0.0, 0.0), updates=300, learning_rate=1e-4, ratio=2
+    ),
+    "sd15-coco": dict(
+        problem="model",
+        data_format="coco",
+        size=512,
+        stages=(64, 32, 16, 8, 4),
+        guidance_scale=7.5,
+        updates=10000,
+        batch=64,
+        learning_rate=1e-5,
+        precision="bf16",
+        gradient_checkpointing=True,
+        processes=8,
+    ),
+    "ssd1b": dict(
+        problem="model",
+        size=1024,
+        stages=(64, 32, 16, 8, 4),
+        guidance_scale=7.5,
+        updates=10000,
+        batch=32,
+        learning_rate=1e-5,
+        precision="bf16",
+        gradient_checkpointing=True,
+        capacity=2048,
+        distribution="fsdp2",
+        processes=8,
+    ),
+    "ssd1b-dmd2": dict(
+        problem="model",
+        method="dmd2",
+        size=1024,
+        stages=(32, 4),
+        guidance_scale=8.0,
+        updates=40000,
+        batch=7,
+        learning_rate=5e-5,
+        warm_up=500,
+        weight_decay=0.01,
+        adapters="lora",
+        rank=64,
+        alpha=8.0,
+        ratio=5,
+        adversary=0.005,
+        watch_every=1000,
+        precision="bf16",
+        gradient_checkpointing=True,
+        capacity=1024,
+    ),
 }
 
-
+# %% ../../nbs/09_distil/03_plan.ipynb #8a777688
 def preset(name: str, **changes: Any) -> Plan:
     """The plan of that name with some changes. Raises UnusableValues."""
     if name not in PRESETS:
-        raise UnusableValues("the plan", [f"preset = {name!r}: there is no such preset{did_you_mean(name, PRESETS)}; known are {', '.join(PRESETS)}"])
+        raise UnusableValues(
+            "the plan",
+            [
+                f"preset = {name!r}: there is no such "
+                f"preset{did_you_mean(name, PRESETS)}; known are {', '.join(PRESETS)}"
+            ],
+        )
     known = dict(PRESETS[name])
     if "method" in changes and method_by_name(changes["method"]).name != known.get("method", "progressive"):
         own = method_by_name(known.get("method", "progressive")).options.model_fields
@@ -330,7 +448,9 @@ def preset(name: str, **changes: Any) -> Plan:
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d5605ac6
 def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
-    """The plan of a YAML or JSON file, which may name a preset, with some changes. Raises UnusableValues, FileNotFoundError."""
+    """The plan of a YAML or JSON file, which may name a preset, with some changes. Raises UnusableValues,
+    FileNotFoundError.
+    """
     values: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
@@ -338,9 +458,13 @@ def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UnusableValues("the plan", [f"{path} cannot be read as YAML: {' '.join(str(error).split())}"]) from None
+            raise UnusableValues(
+                "the plan", [f"{path} cannot be read as YAML: {' '.join(str(error).split())}"]
+            ) from None
         if not isinstance(values, dict):
-            raise UnusableValues("the plan", [f"{path} must hold names and values, such as 'method: lcm', not {values!r}"])
+            raise UnusableValues(
+                "the plan", [f"{path} must hold names and values, such as 'method: lcm', not {values!r}"]
+            )
     values = {**{str(name): value for name, value in values.items()}, **changes}
     name = values.pop("preset", None)
     return preset(name, **values) if name else Plan(**values)

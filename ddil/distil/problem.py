@@ -82,17 +82,24 @@ def first_sample(data: Data) -> Tensor | None:
 def check_problem(problem: Problem) -> None:
     """Raise ValueError, before anything is computed, if the pieces of a problem do not fit each other."""
     if problem.teacher.schedule != problem.student.schedule:
-        raise ValueError(f"student and teacher must walk on one schedule, not {problem.student.schedule} and {problem.teacher.schedule}")
+        raise ValueError(
+            f"student and teacher must walk on one schedule, not "
+            f"{problem.student.schedule} and {problem.teacher.schedule}"
+        )
     if len(problem.data) == 0:
         raise ValueError("the data set is empty")
     sample = first_sample(problem.data)
     if sample is not None and tuple(sample.shape[1:]) != tuple(problem.shape):
-        raise ValueError(f"the samples of the data have shape {tuple(sample.shape[1:])}, not the problem's {tuple(problem.shape)}")
+        raise ValueError(
+            f"the samples of the data have shape {tuple(sample.shape[1:])}, not the problem's {tuple(problem.shape)}"
+        )
     if not any(True for _ in problem.student.parameters()):
         raise ValueError("the student has no parameters, so nothing could learn: give a network to begin with")
     if not problem.description:
-        raise ValueError("a problem needs a description: plain values that decide teacher, student and data, "
-                         "so that no run goes on under another problem")
+        raise ValueError(
+            "a problem needs a description: plain values that decide teacher, student and data, "
+            "so that no run goes on under another problem"
+        )
 
 
 def has_pictures(problem: Problem) -> bool:
@@ -122,23 +129,31 @@ class Kind:
 KINDS_OF_PROBLEM: dict[str, Kind] = {}
 
 
-def problem_kind(name: str, form: type[Form], about: str, **defaults) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
+def problem_kind(
+    name: str, form: type[Form], about: str, **defaults
+) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
     """Register a function `(options, accelerator, bar, pictures, output) -> Problem` as a kind of problem.
 
-    `defaults`: values of a plan that suit it, such as updates and learning_rate. Raises ValueError if the name is taken.
+    `defaults`: values of a plan that suit it, such as updates and learning_rate. Raises ValueError if the name is
+    taken.
     """
+
     def register(make: Callable[..., Problem]) -> Callable[..., Problem]:
         if name in KINDS_OF_PROBLEM:
             raise ValueError(f"there is a problem {name!r} already")
         KINDS_OF_PROBLEM[name] = Kind(name, form, make, defaults, about)
         return make
+
     return register
 
 
 def kind_by_name(name: str) -> Kind:
     """The kind of problem of that name. Raises ValueError with the closest name."""
     if str(name).lower() not in KINDS_OF_PROBLEM:
-        raise ValueError(f"there is no problem {name!r}{did_you_mean(name, KINDS_OF_PROBLEM)}; known are {', '.join(KINDS_OF_PROBLEM)}")
+        raise ValueError(
+            f"there is no problem {name!r}{did_you_mean(name, KINDS_OF_PROBLEM)}; "
+            f"known are {', '.join(KINDS_OF_PROBLEM)}"
+        )
     return KINDS_OF_PROBLEM[str(name).lower()]
 
 # %% ../../nbs/09_distil/02_problem.ipynb #756ac9cc
@@ -146,10 +161,14 @@ class DigitsOptions(Form):
     """What may be said of the digits."""
 
     guidance_scale: float = Field(1.5, ge=0, description="that the teacher is guided at; 1: unguided")
-    teacher: str = Field("", description="a folder with another teacher (made by experiments/teacher); none: the one that ships")
+    teacher: str = Field(
+        "", description="a folder with another teacher (made by experiments/teacher); none: the one that ships"
+    )
 
 
-def digits_problem(guidance_scale: float = 1.5, teacher: str | Path | None = None, device: str | torch.device = "cpu") -> Problem:
+def digits_problem(
+    guidance_scale: float = 1.5, teacher: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Problem:
     """The shipped digits teacher (or one saved by experiments/teacher.ipynb in the folder `teacher`), guided."""
     folder = Path(teacher) if teacher else asset("digits-teacher")
     denoiser = Sampler.load(folder, device).denoiser
@@ -159,11 +178,23 @@ def digits_problem(guidance_scale: float = 1.5, teacher: str | Path | None = Non
     description = {"problem": "digits", "guidance_scale": guidance_scale, "teacher sha256": weights}
     classifier = digits_classifier(device)
     features = LayerFeatures(classifier, ["body.1", "body.4", "body.12"], "digits classifier")
-    return Problem(Guided(denoiser, guidance_scale), student, digits(), (1, 8, 8), guidance_scale, description, features=features)
+    return Problem(
+        Guided(denoiser, guidance_scale), student, digits(), (1, 8, 8), guidance_scale, description, features=features
+    )
 
 
-@problem_kind("digits", DigitsOptions, "8 × 8 digits with the teacher that ships; minutes on a laptop",
-              stages=(16, 8, 4, 2, 1), updates=1000, batch=64, learning_rate=1e-3, ema=0.99, reflection="static", output="runs/digits")
+@problem_kind(
+    "digits",
+    DigitsOptions,
+    "8 × 8 digits with the teacher that ships; minutes on a laptop",
+    stages=(16, 8, 4, 2, 1),
+    updates=1000,
+    batch=64,
+    learning_rate=1e-3,
+    ema=0.99,
+    reflection="static",
+    output="runs/digits",
+)
 def _digits(options: DigitsOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:
     return digits_problem(options.guidance_scale, options.teacher or None, accelerator.device)
 
@@ -178,20 +209,52 @@ class AtomsOptions(Form):
     initial_seed: Natural = Field(0, description="of the student's first weights")
 
 
-def atoms_problem(count: int = 200, bandwidth: float = 0.1, width: int = 256, depth: int = 3, seed: int = 0,
-                  device: str | torch.device = "cpu") -> Problem:
+def atoms_problem(
+    count: int = 200,
+    bandwidth: float = 0.1,
+    width: int = 256,
+    depth: int = 3,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Problem:
     """The exact teacher of `count` digits as points of 64 elements; the student is a perceptron that predicts x."""
     teacher, points = digit_atoms(count, bandwidth)
     torch.manual_seed(seed)
     student = ClassDenoiser(MLP(64, width, depth), Cosine(), "x")
-    description = {"problem": "atoms", "count": count, "bandwidth": bandwidth, "width": width, "depth": depth, "initial seed": seed}
-    return Problem(teacher.to(device), student.to(device), points, (64,), description=description, features=random_features(64, device))
+    description = {
+        "problem": "atoms",
+        "count": count,
+        "bandwidth": bandwidth,
+        "width": width,
+        "depth": depth,
+        "initial seed": seed,
+    }
+    return Problem(
+        teacher.to(device),
+        student.to(device),
+        points,
+        (64,),
+        description=description,
+        features=random_features(64, device),
+    )
 
-
-@problem_kind("atoms", AtomsOptions, "200 digits as points, with an exact teacher and a student from scratch",
-              stages=(16, 8, 4, 2, 1), updates=1000, batch=64, learning_rate=1e-3, ema=0.99, reflection="static", output="runs/atoms")
+# %% ../../nbs/09_distil/02_problem.ipynb #a621584a
+@problem_kind(
+    "atoms",
+    AtomsOptions,
+    "200 digits as points, with an exact teacher and a student from scratch",
+    stages=(16, 8, 4, 2, 1),
+    updates=1000,
+    batch=64,
+    learning_rate=1e-3,
+    ema=0.99,
+    reflection="static",
+    output="runs/atoms",
+)
 def _atoms(options: AtomsOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:
-    return atoms_problem(options.count, options.bandwidth, options.width, options.depth, options.initial_seed, accelerator.device)
+    return atoms_problem(
+        options.count, options.bandwidth, options.width, options.depth, options.initial_seed, accelerator.device
+    )
 
 # %% ../../nbs/09_distil/02_problem.ipynb #069403e3
 def random_features(elements: int, device: str | torch.device = "cpu", width: int = 64) -> LayerFeatures:
@@ -220,8 +283,11 @@ class ModelOptions(Form):
     @rule
     def complete(self) -> list[str]:
         """Model and data must be named."""
-        return [f"{name} is missing: name {about}" for name, about in
-                (("model", "a folder in diffusers' format"), ("data", "captioned pictures, or scenes:N")) if not getattr(self, name)]
+        return [
+            f"{name} is missing: name {about}"
+            for name, about in (("model", "a folder in diffusers' format"), ("data", "captioned pictures, or scenes:N"))
+            if not getattr(self, name)
+        ]
 
 
 class ScenesOptions(ModelOptions):
@@ -246,15 +312,23 @@ def scene_items(count: int, size: int | None, seed: int = 0, split: str = "train
         return Image.fromarray(to_bytes(world.images([index]))[0])
 
     entries = lambda: (Entry(str(i), world.scene(i).caption, lambda i=i: picture(i)) for i in range(count))
-    return CaptionedImages(entries, {"format": "scenes", "entries": count, "split": split, "seed": seed}, size, count=count)
+    return CaptionedImages(
+        entries, {"format": "scenes", "entries": count, "split": split, "seed": seed}, size, count=count
+    )
 
 
 def items_of(options: ModelOptions, pictures: bool = True) -> CaptionedImages:
     """The captioned pictures, or captions alone, that the options name."""
     if options.data.startswith("scenes:"):
         return scene_items(int(options.data.removeprefix("scenes:")), options.size if pictures else None)
-    return open_captions(options.data, options.data_format, size=options.size, images=pictures, skip_limit=options.skip_limit,
-                         revision=options.data_revision)
+    return open_captions(
+        options.data,
+        options.data_format,
+        size=options.size,
+        images=pictures,
+        skip_limit=options.skip_limit,
+        revision=options.data_revision,
+    )
 
 # %% ../../nbs/09_distil/02_problem.ipynb #90eaa022
 def problem_of_model(model: TextToImage, data: Data, options: ModelOptions) -> Problem:
@@ -269,26 +343,57 @@ def problem_of_model(model: TextToImage, data: Data, options: ModelOptions) -> P
     return Problem(teacher, base, data, shape, scale, description, trailing_grid, model)
 
 
-def model_problem(options: ModelOptions, accelerator: Accelerator, bar: Bar = no_bar, pictures: bool = True, output: str = "") -> Problem:
-    """The model and data that the options name: loaded, encoded into the cache at the first call, and let go of what is not needed."""
+def model_problem(
+    options: ModelOptions, accelerator: Accelerator, bar: Bar = no_bar, pictures: bool = True, output: str = ""
+) -> Problem:
+    """The model and data that the options name: loaded, encoded into the cache at the first call, and let go of
+    what is not needed.
+    """
     model = TextToImage.load(options.model, options.revision, device=accelerator.device)
     cache = Path(options.cache or Path(output or "runs") / "cache")
-    data = build_cache(cache, items_of(options, pictures), model, options.size, images=pictures, posterior=options.posterior,
-                       accelerator=accelerator, bar=bar)
+    data = build_cache(
+        cache,
+        items_of(options, pictures),
+        model,
+        options.size,
+        images=pictures,
+        posterior=options.posterior,
+        accelerator=accelerator,
+        bar=bar,
+    )
     problem = problem_of_model(model, data, options)
     model.free()
     return problem
 
 # %% ../../nbs/09_distil/02_problem.ipynb #7274d3fe
-@problem_kind("model", ModelOptions, "a text-to-image model in diffusers' format, and captioned pictures",
-              stages=(32, 16, 8, 4), updates=10000, batch=64, learning_rate=1e-5, output="runs/model")
+@problem_kind(
+    "model",
+    ModelOptions,
+    "a text-to-image model in diffusers' format, and captioned pictures",
+    stages=(32, 16, 8, 4),
+    updates=10000,
+    batch=64,
+    learning_rate=1e-5,
+    output="runs/model",
+)
 def _model(options: ModelOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:
     return model_problem(options, accelerator, bar, pictures, output)
 
 
-@problem_kind("scenes", ScenesOptions, "captioned scenes of 32 × 32 with the text-to-image model that ships",
-              stages=(32, 16, 8, 4), updates=200, batch=32, learning_rate=3e-4, ema=0.98, rank=16, capacity=2048,
-              checkpoint_every=100, output="runs/scenes")
+@problem_kind(
+    "scenes",
+    ScenesOptions,
+    "captioned scenes of 32 × 32 with the text-to-image model that ships",
+    stages=(32, 16, 8, 4),
+    updates=200,
+    batch=32,
+    learning_rate=3e-4,
+    ema=0.98,
+    rank=16,
+    capacity=2048,
+    checkpoint_every=100,
+    output="runs/scenes",
+)
 def _scenes(options: ScenesOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:
     shipped = options if options.model else options.but(model=str(asset("scenes-pipeline")))
     return model_problem(shipped, accelerator, bar, pictures, output)

@@ -62,23 +62,35 @@ def lacking(entry: Entry, problem: Problem, plan: Plan) -> list[str]:
     """Why this method cannot be carried out on this problem: the needs that are not met, with remedies; or nothing."""
     takes_inputs = isinstance(innermost(problem.student), NetworkDenoiser) and plan.adapters == "full"
     met = {
-        "pictures": has_pictures(problem), "pairs": True, "features": problem.features is not None,
-        "labels": _shared_conditions(problem), "inputs": takes_inputs, "null condition": problem.unguided.knows_null or not isinstance(problem.teacher, Guided),
+        "pictures": has_pictures(problem),
+        "pairs": True,
+        "features": problem.features is not None,
+        "labels": _shared_conditions(problem),
+        "inputs": takes_inputs,
+        "null condition": problem.unguided.knows_null or not isinstance(problem.teacher, Guided),
     }
     about = {
-        "pictures": "the data are captions alone", "labels": "here hardly two are the same",
+        "pictures": "the data are captions alone",
+        "labels": "here hardly two are the same",
         "features": "this problem names none: give Problem(features=…)",
-        "inputs": "adapters" if plan.adapters == "lora" else f"a {type(innermost(problem.student)).__name__} takes none",
+        "inputs": "adapters"
+        if plan.adapters == "lora"
+        else f"a {type(innermost(problem.student)).__name__} takes none",
         "null condition": "it was not trained with condition dropout: guide at 1",
     }
-    reasons = [f"{entry.name} needs {NEEDS[need]}: {about.get(need, '')}" for need in sorted(entry.needs) if not met[need]]
+    reasons = [
+        f"{entry.name} needs {NEEDS[need]}: {about.get(need, '')}" for need in sorted(entry.needs) if not met[need]
+    ]
     if plan.adapters == "lora" and not isinstance(innermost(problem.student), TextDenoiser):
-        reasons.append("adapters = 'lora': they sit on the U-Net of a text-to-image model, and this problem has none: choose 'full'")
+        reasons.append(
+            "adapters = 'lora': they sit on the U-Net of a text-to-image model, and "
+            "this problem has none: choose 'full'"
+        )
     if plan.options.model_dump().get("scales") and not isinstance(problem.teacher, Guided):
         reasons.append("scales: the teacher is not guided, so there are no guidance scales to choose among")
     return reasons if has_pictures(problem) else [*reasons, *_without_pictures(entry, plan)]
 
-
+# %% ../../nbs/09_distil/04_stages.ipynb #185f047a
 def _without_pictures(entry: Entry, plan: Plan) -> Iterator[str]:
     """Why captions alone will not do, beside the method's needs."""
     if states_of_data(entry, plan):
@@ -95,18 +107,24 @@ def states_of_data(entry: Entry, plan: Plan) -> bool:
 
 
 def check(problem: Problem, plan: Plan) -> None:
-    """Raise ValueError that lists all reasons, before anything is computed, if a plan cannot be carried out on a problem."""
+    """Raise ValueError that lists all reasons, before anything is computed, if a plan cannot be carried out on a
+    problem.
+    """
     check_problem(problem)
     check_guidance(problem.teacher)
     reasons = [reason for index in {0, len(plan.pairs) - 1} for reason in lacking(entry_of(plan, index), problem, plan)]
     reasons = list(dict.fromkeys(reasons))
     if reasons:
-        raise ValueError("the plan cannot be carried out on this problem:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+        raise ValueError(
+            "the plan cannot be carried out on this problem:\n" + "\n".join(f"  - {reason}" for reason in reasons)
+        )
 
 # %% ../../nbs/09_distil/04_stages.ipynb #dba9d7d7
 @dataclass
 class Ready:
-    """A stage that is ready to be trained: the stage itself, its entry, method and roll-in, and the trainer's settings."""
+    """A stage that is ready to be trained: the stage itself, its entry, method and roll-in, and the trainer's
+    settings.
+    """
 
     stage: Stage
     entry: Entry
@@ -130,7 +148,9 @@ class Ready:
 
 
 def begin_as(base: Denoiser, plan: Plan, name: str, inputs: tuple[str, ...] = ()) -> Denoiser:
-    """A network that learns and begins as `base`: a copy, whose parts that are frozen alone stay so, or adapters on it."""
+    """A network that learns and begins as `base`: a copy, whose parts that are frozen alone stay so, or adapters on
+    it.
+    """
     if plan.adapters == "lora":
         return roles(base, plan.rank, (name,), plan.alpha, seed=plan.seed)[name]
     network = base.taking(*inputs) if inputs else copy.deepcopy(base)
@@ -138,14 +158,18 @@ def begin_as(base: Denoiser, plan: Plan, name: str, inputs: tuple[str, ...] = ()
     return (network.requires_grad_(True) if frozen else network).train()
 
 # %% ../../nbs/09_distil/04_stages.ipynb #ef1bd9c4
-def _denoisers(problem: Problem, plan: Plan, index: int, before: Denoiser | None) -> tuple[Denoiser, Denoiser, Denoiser]:
+def _denoisers(
+    problem: Problem, plan: Plan, index: int, before: Denoiser | None
+) -> tuple[Denoiser, Denoiser, Denoiser]:
     """Student, teacher and unguided teacher of a stage, under the entry's schedule, not yet reflected."""
     entry, options = entry_of(plan, index), plan.options
     base = innermost(problem.student if before is None else before)
     teacher, unguided = (problem.teacher, problem.unguided) if before is None else (before, before)
     inputs = tuple(name for name in entry.inputs(options) if name not in base.inputs)
     student = begin_as(base, plan, "student", inputs)
-    student.guidance_distilled = base.guidance_distilled or isinstance(problem.teacher, Guided) and problem.guidance_scale != 1
+    student.guidance_distilled = (
+        base.guidance_distilled or isinstance(problem.teacher, Guided) and problem.guidance_scale != 1
+    )
     if before is None and "guidance_scale" in inputs:
         teacher = Guided(unguided, None)
     present = plan.entry.present
@@ -162,27 +186,52 @@ def _on_grid(problem: Problem, plan: Plan, index: int, denoiser: Denoiser) -> Te
     return Teacher(denoiser, problem.grid(steps[0]), steps[0] // steps[1], solver, entry.look)
 
 # %% ../../nbs/09_distil/04_stages.ipynb #2cb098e4
-def stage_of(problem: Problem, plan: Plan, index: int = 0, before: Denoiser | None = None, shard: Shard = Shard(),
-             place: Path | None = None) -> Ready:
-    """The plan's stage of that index. before: the student of the stage before; place: where a method may store pairs."""
+def stage_of(
+    problem: Problem,
+    plan: Plan,
+    index: int = 0,
+    before: Denoiser | None = None,
+    shard: Shard = Shard(),
+    place: Path | None = None,
+) -> Ready:
+    """The plan's stage of that index. before: the student of the stage before; place: where a method may store
+    pairs.
+    """
     entry, settings = entry_of(plan, index), plan.settings(plan.pairs[index][1])
     student, teacher, unguided = (plan.reflect(one) for one in _denoisers(problem, plan, index, before))
     data, base = problem.data, innermost(problem.student if before is None else before)
     if scales := plan.options.model_dump().get("scales"):
         data = GuidanceRange(data, *scales)
     source = Source(settings.seed, shard, student.device)
-    stage = Stage(student, _on_grid(problem, plan, index, teacher), unguided, data, problem.shape, settings.updates, settings.batch,
-                  source, None if entry.ddil else plan.ddil, plan.options, entry.solver, _beginner(base, plan), plan.adapters == "lora",
-                  problem.features, place, identity_of(problem, plan))
+    stage = Stage(
+        student,
+        _on_grid(problem, plan, index, teacher),
+        unguided,
+        data,
+        problem.shape,
+        settings.updates,
+        settings.batch,
+        source,
+        None if entry.ddil else plan.ddil,
+        plan.options,
+        entry.solver,
+        _beginner(base, plan),
+        plan.adapters == "lora",
+        problem.features,
+        place,
+        identity_of(problem, plan),
+    )
     return Ready(stage, entry, entry.question(stage), entry.states(stage), settings)
 
-
+# %% ../../nbs/09_distil/04_stages.ipynb #77ec65db
 def _beginner(base: Denoiser, plan: Plan) -> Callable[[str], Denoiser]:
     """Makes a further network that begins as the teacher's, such as a fake score."""
+
     def begin(name: str) -> Denoiser:
         network = begin_as(base, plan, name)
         network.guidance_distilled = False
         return plan.entry.present(network)
+
     return begin
 
 
@@ -206,23 +255,33 @@ def watch_of(plan: Plan, ready: Ready, data, count: int = 128) -> Watch | None:
     stage, rows = ready.stage, np.arange(min(count, len(data)))
     x, cond = data[rows]
     if x is None:
-        raise ValueError("watch_every compares samples with the data's pictures, and this data has captions alone: set it to 0")
+        raise ValueError(
+            "watch_every compares samples with the data's pictures, and this data has captions alone: set it to 0"
+        )
     cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.entry.solver)
 
     def figures(student: Denoiser) -> dict[str, float]:
         student = ready.entry.finished(student, len(ready.grid) - 1, None)
-        drawn = sample(student, rows.tolist(), stage.shape, ready.grid, cond, solver, seed=plan.seed, batch_size=plan.batch)
+        drawn = sample(
+            student, rows.tolist(), stage.shape, ready.grid, cond, solver, seed=plan.seed, batch_size=plan.batch
+        )
         both = density_coverage(_coarse(x), _coarse(drawn))
         return {"density": both["density"], "coverage": both["coverage"]}
 
     return Watch(figures, plan.watch_every, "coverage")
 
 # %% ../../nbs/09_distil/04_stages.ipynb #f7756624
-def distil(problem: Problem, plan: Plan, folder: str | Path | None = None, accelerator: Accelerator | None = None,
-           bar: Bar = no_bar) -> dict[int, Sampler]:
+def distil(
+    problem: Problem,
+    plan: Plan,
+    folder: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    bar: Bar = no_bar,
+) -> dict[int, Sampler]:
     """Carry out `plan` on `problem` in this process (one of several, if launched so), stage by stage, into `folder`.
 
-    Returns the students by their number of steps, as loaded from disk, with averaged weights. bar(updates, text) may wrap
+    Returns the students by their number of steps, as loaded from disk, with averaged weights. bar(updates, text) may
+    wrap
     the updates of a stage. Raises ValueError, before anything is computed, for what cannot be done, and RuntimeError if
     the plan asks for several processes and was not launched so.
     """
@@ -248,27 +307,44 @@ def _as_launched(plan: Plan, processes: int) -> Plan:
     if asked == processes:
         return plan
     if asked > 1:
-        raise RuntimeError(f"the plan asks for {asked} processes, and this is one of {processes}: carry_out(plan) launches them")
+        raise RuntimeError(
+            f"the plan asks for {asked} processes, and this is one of {processes}: carry_out(plan) launches them"
+        )
     return plan.but(processes=processes, nodes=1)
 
 # %% ../../nbs/09_distil/04_stages.ipynb #489e0631
-def train_stage(problem: Problem, plan: Plan, index: int, before: Denoiser | None, place: Path, accelerator: Accelerator, bar: Bar) -> None:
+def train_stage(
+    problem: Problem, plan: Plan, index: int, before: Denoiser | None, place: Path, accelerator: Accelerator, bar: Bar
+) -> None:
     """Train the student of one stage and save it; as a LoRA file too, if it is an adapter of the model itself."""
     shard = Shard(accelerator.process_index, accelerator.num_processes)
     ready = stage_of(problem, plan, index, before, shard, place)
     make_ready(plan, ready)
     steps = plan.pairs[index]
     text = f"{plan.method}, {steps[0]} to {steps[1]} steps"
-    trainer = Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings, place, accelerator,
-                      lambda updates: bar(updates, text), identity_of(problem, plan), watch_of(plan, ready, ready.stage.data)).fit()
+    trainer = Trainer(
+        ready.stage.student,
+        ready.method,
+        ready.rollin,
+        ready.settings,
+        place,
+        accelerator,
+        lambda updates: bar(updates, text),
+        identity_of(problem, plan),
+        watch_of(plan, ready, ready.stage.data),
+    ).fit()
     sampler = sampler_of(problem, plan, ready, trainer, text)
     if accelerator.is_main_process:
-        if plan.adapters == "lora" and index == 0 and (plan.reflection == "off" or plan.bound == 1):  # diffusers knows no other bound
+        if (
+            plan.adapters == "lora" and index == 0 and (plan.reflection == "off" or plan.bound == 1)
+        ):  # diffusers knows no other bound
             _leave_adapters(sampler, problem, place / "lora")
         sampler.save(place / "student")
         if trainer.watch is not None:
             best = ready.entry.finished(trainer.best(), steps[1], problem.guidance_scale)
-            replace(sampler, denoiser=best, provenance={**sampler.provenance, "best update": trainer.watch.update}).save(place / "best")
+            replace(
+                sampler, denoiser=best, provenance={**sampler.provenance, "best update": trainer.watch.update}
+            ).save(place / "best")
     accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
 
@@ -280,9 +356,11 @@ def _leave_adapters(sampler: Sampler, problem: Problem, folder: Path) -> None:
     except ValueError as error:
         print(f"no LoRA file is written: {error}")
 
-
+# %% ../../nbs/09_distil/04_stages.ipynb #bf6f5abd
 def make_ready(plan: Plan, ready: Ready) -> None:
-    """Make a teacher of its own weights ready to be asked often: in half precision and compiled, if the plan says so."""
+    """Make a teacher of its own weights ready to be asked often: in half precision and compiled, if the plan says
+    so.
+    """
     teacher = innermost(ready.stage.teacher.denoiser)
     if not isinstance(teacher, NetworkDenoiser):
         return
@@ -294,9 +372,19 @@ def make_ready(plan: Plan, ready: Ready) -> None:
 # %% ../../nbs/09_distil/04_stages.ipynb #7b3b1f8e
 def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, text: str) -> Sampler:
     """The trained student with the way it is sampled, and what it cost."""
-    cost = {"updates": ready.settings.updates, "seconds": trainer.seconds, "processes": trainer.accelerator.num_processes,
-            **{f"{name} evaluations": count for name, count in trainer.evaluations.items()}}
-    provenance = {"method": plan.method, "stage": text, "made by": identity_of(problem, plan), "cost": cost, "roll-in": ready.rollin.log()}
+    cost = {
+        "updates": ready.settings.updates,
+        "seconds": trainer.seconds,
+        "processes": trainer.accelerator.num_processes,
+        **{f"{name} evaluations": count for name, count in trainer.evaluations.items()},
+    }
+    provenance = {
+        "method": plan.method,
+        "stage": text,
+        "made by": identity_of(problem, plan),
+        "cost": cost,
+        "roll-in": ready.rollin.log(),
+    }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
     return Sampler(student, ready.grid, problem.shape, ready.entry.solver, problem.guidance_scale, provenance)
 
@@ -305,16 +393,24 @@ def load_stage(place: Path, identity: dict[str, Any], device: torch.device) -> S
     """The student of a stage that is done. Raises ValueError if it was made otherwise than `identity` says."""
     student = Sampler.load(place, device)
     theirs = student.provenance.get("made by", {})
-    differing = [f"{key} {theirs.get(key)!r} there, {identity.get(key)!r} here" for key in {**identity, **theirs} if theirs.get(key) != identity.get(key)]
+    differing = [
+        f"{key} {theirs.get(key)!r} there, {identity.get(key)!r} here"
+        for key in {**identity, **theirs}
+        if theirs.get(key) != identity.get(key)
+    ]
     if differing:
-        raise ValueError(f"{place} was made otherwise: {'; '.join(differing)}. Use another folder, or delete it to start anew")
+        raise ValueError(
+            f"{place} was made otherwise: {'; '.join(differing)}. Use another folder, or delete it to start anew"
+        )
     return student
 
 # %% ../../nbs/09_distil/04_stages.ipynb #b053f708
 def make_problem(plan: Plan, accelerator: Accelerator, bar: Bar = no_bar) -> Problem:
     """The problem that a plan names. Raises ValueError if it names none."""
     if not plan.problem:
-        raise ValueError(f"the plan names no problem: add problem = 'digits' or another, or model = a folder in diffusers' format")
+        raise ValueError(
+            f"the plan names no problem: add problem = 'digits' or another, or model = a folder in diffusers' format"
+        )
     kind = kind_by_name(plan.problem)
     return kind.make(kind.form(**plan.problem_options), accelerator, bar, needs_pictures(plan), plan.output)
 

@@ -51,7 +51,9 @@ class Resources(Form):
 # %% ../../nbs/10_lab/07_batch.ipynb #59034e63
 @dataclass(frozen=True)
 class Run:
-    """One run: a notebook, its parameters (with `output`, the run's own folder), what it takes, the folders of runs that must be done before, and where a copy is kept."""
+    """One run: a notebook, its parameters (with `output`, the run's own folder), what it takes, the folders of runs
+    that must be done before, and where a copy is kept.
+    """
 
     name: str
     notebook: Path
@@ -67,7 +69,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch file as read: its runs, all in `folder`, the arms to pair, the batches it requires and what SLURM is told."""
+    """A batch file as read: its runs, all in `folder`, the arms to pair, the batches it requires and what SLURM is
+    told.
+    """
 
     name: str
     folder: Path
@@ -85,7 +89,9 @@ class _Once(yaml.SafeLoader):
         self.twice: list[str] = []
 
     def mapping(self, node: yaml.MappingNode) -> dict:
-        keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(
+            self.construct_object(key, deep=True) for key, _ in node.value if isinstance(key, yaml.ScalarNode)
+        )
         self.twice += [f"{key!r} is given {count} times" for key, count in keys.items() if count > 1]
         return self.construct_mapping(node, deep=True)
 
@@ -179,11 +185,15 @@ def _entries(given: Mapping[str, Any], form: type[Form], where: str, problems: l
 def code_cells(notebook: str | Path) -> list[tuple[str, list[str]]]:
     """(source, tags) of a notebook's code cells."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells if cell["cell_type"] == "code"]
+    return [
+        ("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells if cell["cell_type"] == "code"
+    ]
 
 
 def declared_parameters(notebook: str | Path) -> dict[str, str]:
-    """Names and annotations of a notebook's parameters. Raises ValueError or FileNotFoundError if there is no such notebook, or it has none."""
+    """Names and annotations of a notebook's parameters. Raises ValueError or FileNotFoundError if there is no such
+    notebook, or it has none.
+    """
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}; paths are relative to {Path.cwd()}")
     try:
@@ -191,8 +201,18 @@ def declared_parameters(notebook: str | Path) -> dict[str, str]:
     except (StopIteration, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{notebook} is no notebook with a cell that is tagged 'parameters'") from None
     statements = ast.parse(source).body
-    found = {node.target.id: ast.unparse(node.annotation) for node in statements if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
-    return found | {target.id: "" for node in statements if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    found = {
+        node.target.id: ast.unparse(node.annotation)
+        for node in statements
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    return found | {
+        target.id: ""
+        for node in statements
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 # %% ../../nbs/10_lab/07_batch.ipynb #7503ece0
 def _label(combination: Mapping[str, Any]) -> str:
@@ -201,7 +221,9 @@ def _label(combination: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{name}={word(value)}" for name, value in combination.items()))
 
 
-def _variants(given: Mapping[str, Any], run: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _variants(
+    given: Mapping[str, Any], run: Mapping[str, Any], names: Iterable[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and parameters of all that one entry of `runs` stands for."""
     grid, seeds, own = given.get("grid", {}), given.get("seeds"), run.get("parameters", {})
     axes = {**grid, **({"seed": seeds} if seeds and "seeds" not in names and "seed" in names else {})}
@@ -215,11 +237,15 @@ _POINTER = re.compile(r"\{([\w.,=+/ -]+)\}")
 
 
 def _resolved(value: Any, folder: Path, found: set[Path]) -> Any:
-    """`value` with every {run} and {batch/run} in its texts replaced by that run's folder; the folders go to `found`."""
+    """`value` with every {run} and {batch/run} in its texts replaced by that run's folder; the folders go to
+    `found`.
+    """
+
     def place(match: re.Match) -> str:
         path = folder.parent / match[1] if "/" in match[1] else folder / match[1]
         found.add(path)
         return str(path)
+
     if isinstance(value, str):
         return _POINTER.sub(place, value)
     if isinstance(value, list):
@@ -232,11 +258,16 @@ def _resources(given: Mapping[str, Any], parameters: Mapping[str, Any], where: s
     good = _entries(given, Resources, f"{where}resources: ", problems)
     nodes = parameters.get("nodes", 1)
     if good.setdefault("nodes", nodes) != nodes:
-        problems.append(f"{where}resources: nodes is {good['nodes']}, and the parameter nodes is {nodes}: the run would not use what it is given")
+        problems.append(
+            f"{where}resources: nodes is {good['nodes']}, and the parameter nodes is "
+            f"{nodes}: the run would not use what it is given"
+        )
     return Resources(**good)
 
 # %% ../../nbs/10_lab/07_batch.ipynb #63d76da0
-def _runs_of(given: Mapping[str, Any], entry: Mapping[str, Any], folder: Path, where: str, problems: list[str]) -> Iterator[Run]:
+def _runs_of(
+    given: Mapping[str, Any], entry: Mapping[str, Any], folder: Path, where: str, problems: list[str]
+) -> Iterator[Run]:
     """The runs of one entry."""
     notebook = entry.get("notebook", given.get("notebook"))
     try:
@@ -255,11 +286,26 @@ def _runs_of(given: Mapping[str, Any], entry: Mapping[str, Any], folder: Path, w
     for name, parameters in _variants(given, entry, names):
         pointed: set[Path] = set()
         resolved = _resolved(copy.deepcopy(parameters), folder, pointed) | {"output": str(folder / name)}
-        problems += [f"{where}{key} = {parameters[key]!r}: there is no such parameter of {notebook}{did_you_mean(key, names)}" for key in parameters if key not in names]
+        problems += [
+            f"{where}{key} = {parameters[key]!r}: there is no such parameter of {notebook}{did_you_mean(key, names)}"
+            for key in parameters
+            if key not in names
+        ]
         problems += [f"{where}output: a run's folder is {folder / name}; leave it out"] * ("output" in parameters)
-        resources = _resources({**given.get("resources", {}), **entry.get("resources", {})}, parameters, where, problems)
-        needed = pointed | {folder.parent / other if "/" in other else folder / other for other in entry.get("requires", [])}
-        yield Run(name, Path(notebook), {key: value for key, value in resolved.items() if key in names}, resources, tuple(sorted(needed)), Path(entry["keep"]) if "keep" in entry else None)
+        resources = _resources(
+            {**given.get("resources", {}), **entry.get("resources", {})}, parameters, where, problems
+        )
+        needed = pointed | {
+            folder.parent / other if "/" in other else folder / other for other in entry.get("requires", [])
+        }
+        yield Run(
+            name,
+            Path(notebook),
+            {key: value for key, value in resolved.items() if key in names},
+            resources,
+            tuple(sorted(needed)),
+            Path(entry["keep"]) if "keep" in entry else None,
+        )
 
 # %% ../../nbs/10_lab/07_batch.ipynb #2236f2ea
 def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batch, list[str]]:
@@ -275,7 +321,10 @@ def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batc
     for place, entry in enumerate(given.get("runs", [{}] if {"grid", "seeds"} & set(given) else [])):
         where = f"run {entry.get('name', place + 1)}: " if entry else ""
         if entry and not re.fullmatch(r"\w[\w.,=+-]*", str(entry.get("name", ""))):
-            problems.append(f"{where}name: must be text for a folder's name, of letters, digits and . , = + - _, not {entry.get('name')!r}")
+            problems.append(
+                f"{where}name: must be text for a folder's name, of letters, digits and . "
+                f", = + - _, not {entry.get('name')!r}"
+            )
         runs += _runs_of(given, _entries(entry, RunEntry, where, problems), folder, where, problems)
     slurm = _entries(given.get("slurm", {}), SlurmWords, "slurm: ", problems)
     batch = Batch(path.stem, folder, tuple(runs), given.get("pair", ()), tuple(given.get("requires", ())), slurm)
@@ -283,18 +332,35 @@ def read_batch(path: str | Path, folder: str | Path | None = None) -> tuple[Batc
 
 # %% ../../nbs/10_lab/07_batch.ipynb #8509bb17
 def _clashes(batch: Batch) -> list[str]:
-    """What is wrong with the runs of a batch together: names or places given twice, runs that wait for what there is not or for each other."""
-    problems = [f"the name {name} is given to {count} runs" for name, count in Counter(run.name for run in batch.runs).items() if count > 1]
-    problems += [f"{count} runs are kept in {place}" for place, count in Counter(run.keep for run in batch.runs if run.keep).items() if count > 1]
+    """What is wrong with the runs of a batch together: names or places given twice, runs that wait for what there
+    is not or for each other.
+    """
+    problems = [
+        f"the name {name} is given to {count} runs"
+        for name, count in Counter(run.name for run in batch.runs).items()
+        if count > 1
+    ]
+    problems += [
+        f"{count} runs are kept in {place}"
+        for place, count in Counter(run.keep for run in batch.runs if run.keep).items()
+        if count > 1
+    ]
     folders = {run.folder: run for run in batch.runs}
     for run in batch.runs:
         for other in run.requires:
             if other.parent == batch.folder and other not in folders:
-                problems.append(f"run {run.name}: there is no run {other.name} in this batch{did_you_mean(other.name, [known.name for known in batch.runs])}")
+                problems.append(
+                    f"run {run.name}: there is no run {other.name} in this "
+                    f"batch{did_you_mean(other.name, [known.name for known in batch.runs])}"
+                )
             elif other.parent != batch.folder and other.parent.name not in batch.requires:
                 problems.append(f"run {run.name}: reads from the batch {other.parent.name}: name it in 'requires'")
     ordered: set[Path] = set()
-    while more := {place for place, run in folders.items() if place not in ordered and all(other in ordered or other not in folders for other in run.requires)}:
+    while more := {
+        place
+        for place, run in folders.items()
+        if place not in ordered and all(other in ordered or other not in folders for other in run.requires)
+    }:
         ordered |= more
     circle = [run.name for run in batch.runs if run.folder not in ordered]
     return problems + [f"the runs {', '.join(circle)} wait for each other"] * bool(circle)

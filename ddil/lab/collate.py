@@ -30,12 +30,22 @@ __all__ = ['find_results', 'parameters_of', 'run_names', 'collate', 'paired_rows
 
 # %% ../../nbs/10_lab/12_collate.ipynb #4d958150
 def find_results(folders: Iterable[str | Path]) -> list[Path]:
-    """Every results.json in `folders` and below, each once. Raises FileNotFoundError naming a folder that is not there or holds none."""
+    """Every results.json in `folders` and below, each once. Raises FileNotFoundError naming a folder that is not
+    there or holds none.
+    """
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.exists():
             raise FileNotFoundError(f"there is no folder {folder}")
-        own = [folder] if folder.is_file() else sorted(path for path in folder.rglob("results.json") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        own = (
+            [folder]
+            if folder.is_file()
+            else sorted(
+                path
+                for path in folder.rglob("results.json")
+                if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            )
+        )
         if not own:
             raise FileNotFoundError(f"there is no results.json in {folder} or below: run an experiment into it first")
         found += [path.resolve() for path in own]
@@ -68,25 +78,51 @@ _NO_SETTING = ("output", "device")  # of a run's parameters: they decide where, 
 
 def _setting(command: str) -> str:
     """What a run computes, seeds apart: its parameters, or its command if it is not papermill's."""
-    parameters = {name: value for name, value in parameters_of(command).items() if name not in _NO_SETTING and "seed" not in name}
-    return json.dumps(parameters if "papermill" in command else {"command": command}, sort_keys=True, ensure_ascii=False, default=str)
+    parameters = {
+        name: value for name, value in parameters_of(command).items() if name not in _NO_SETTING and "seed" not in name
+    }
+    return json.dumps(
+        parameters if "papermill" in command else {"command": command}, sort_keys=True, ensure_ascii=False, default=str
+    )
 
-
+# %% ../../nbs/10_lab/12_collate.ipynb #0e78c5ee
 def collate(paths: Sequence[Path]) -> pd.DataFrame:
-    """One frame of the rows of results files: experiment, run, metric, arm, label, steps, mean, low, high, n, seeds, values, paired, protocol, command, version.
+    """One frame of the rows of results files: experiment, run, metric, arm, label, steps, mean, low, high, n, seeds,
+    values, paired, protocol, command, version.
 
-    `label` is the arm, with what tells its runs apart where several have it; `paired` marks differences between arms; `protocol` is JSON. Raises ValueError naming a damaged file.
+    `label` is the arm, with what tells its runs apart where several have it; `paired` marks differences between arms;
+    `protocol` is JSON. Raises ValueError naming a damaged file.
     """
     lines = []
     for path, run in zip(paths, run_names(paths)):
         results = read_results(path)
-        of_all = {"experiment": results["experiment"], "run": run, "command": results["command"], "version": results["package_version"], "setting": _setting(results["command"])}
+        of_all = {
+            "experiment": results["experiment"],
+            "run": run,
+            "command": results["command"],
+            "version": results["package_version"],
+            "setting": _setting(results["command"]),
+        }
         for entry in results["rows"]:
             paired = entry["arm"].startswith("difference, ")
             arm = entry["arm"].removeprefix("difference, ")
-            lines.append({**of_all, "metric": entry["metric"], "arm": arm, "label": arm, "steps": entry["steps"], "mean": entry["mean"],
-                          "low": entry["ci95"][0], "high": entry["ci95"][1], "n": entry["n"], "seeds": tuple(entry["seeds"]), "values": tuple(entry["values"]) if "values" in entry else None,
-                          "paired": paired, "protocol": json.dumps(results["protocol"][entry["metric"]], ensure_ascii=False, sort_keys=True)})
+            lines.append(
+                {
+                    **of_all,
+                    "metric": entry["metric"],
+                    "arm": arm,
+                    "label": arm,
+                    "steps": entry["steps"],
+                    "mean": entry["mean"],
+                    "low": entry["ci95"][0],
+                    "high": entry["ci95"][1],
+                    "n": entry["n"],
+                    "seeds": tuple(entry["seeds"]),
+                    "values": tuple(entry["values"]) if "values" in entry else None,
+                    "paired": paired,
+                    "protocol": json.dumps(results["protocol"][entry["metric"]], ensure_ascii=False, sort_keys=True),
+                }
+            )
     frame = pd.DataFrame(lines).astype({"low": float, "high": float})
     return _together(frame).drop(columns="setting")
 
@@ -101,25 +137,48 @@ def _pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
         return rows.to_dict("records")
     values = dict(sorted(zip(seeds, (value for own in rows["values"] for value in own))))
     estimate = mean_interval(list(values.values()))
-    return [{**rows.iloc[0].to_dict(), "run": f"{rows['run'].iloc[0]} … {rows['run'].iloc[-1]}", "mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n,
-            "seeds": tuple(values), "values": tuple(values.values()), "command": "\n".join(dict.fromkeys(rows["command"]))}]
+    return [
+        {
+            **rows.iloc[0].to_dict(),
+            "run": f"{rows['run'].iloc[0]} … {rows['run'].iloc[-1]}",
+            "mean": estimate.mean,
+            "low": estimate.low,
+            "high": estimate.high,
+            "n": estimate.n,
+            "seeds": tuple(values),
+            "values": tuple(values.values()),
+            "command": "\n".join(dict.fromkeys(rows["command"])),
+        }
+    ]
 
 
 def _told_apart(parts: list[dict[str, Any]]) -> list[str]:
-    """What tells rows of the same name apart: the parameters in which they differ, if these are short and do it; else their runs."""
+    """What tells rows of the same name apart: the parameters in which they differ, if these are short and do it;
+    else their runs.
+    """
     settings = [json.loads(part["setting"]) for part in parts]
-    varying = [name for name in dict.fromkeys(name for own in settings for name in own) if len({json.dumps(own.get(name)) for own in settings}) > 1]
+    varying = [
+        name
+        for name in dict.fromkeys(name for own in settings for name in own)
+        if len({json.dumps(own.get(name)) for own in settings}) > 1
+    ]
     told = [", ".join(f"{name} = {own.get(name, 'default')}" for name in varying) for own in settings]
     return told if max(map(len, told)) <= 40 and len(set(told)) == len(told) else [part["run"] for part in parts]
 
-
+# %% ../../nbs/10_lab/12_collate.ipynb #4add74cb
 def _together(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with seeds of one setting pooled, and with what tells them apart in the labels of other rows that would be the same."""
+    """The frame with seeds of one setting pooled, and with what tells them apart in the labels of other rows that
+    would be the same.
+    """
     twice = frame.duplicated(_SAME, keep=False)
     made = [(place, entry) for place, entry in zip(frame.index[~twice], frame[~twice].to_dict("records"))]
     for _, rows in frame[twice].groupby(_SAME, sort=False):
         parts = [part for _, own in rows.groupby("setting", sort=False) for part in _pooled(own)]
-        names = [f"{part['arm']} ({told})" for part, told in zip(parts, _told_apart(parts))] if len(parts) > 1 else [parts[0]["arm"]]
+        names = (
+            [f"{part['arm']} ({told})" for part, told in zip(parts, _told_apart(parts))]
+            if len(parts) > 1
+            else [parts[0]["arm"]]
+        )
         made += [(rows.index[0], {**part, "label": name}) for part, name in zip(parts, names)]
     return pd.DataFrame([entry for _, entry in sorted(made, key=lambda pair: pair[0])])
 
@@ -135,19 +194,35 @@ def _pairs(labels: Mapping[str, str], against: str | None) -> Iterator[tuple[str
 
 
 def paired_rows(rows: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
-    """Differences between arms of one table: label "arm − base", steps, mean, low, high, n; stored ones, and those that the values of the seeds allow.
+    """Differences between arms of one table: label "arm − base", steps, mean, low, high, n; stored ones, and those that
+    the values of the seeds allow.
 
     `against`: the label to compare every arm with; by default an arm "X + Y" is compared with "X".
     """
     arms, kept = rows[~rows["paired"]], ["label", "steps", "mean", "low", "high", "n"]
-    values = {(label, steps): dict(zip(seeds, own)) for label, steps, seeds, own in zip(arms["label"], arms["steps"], arms["seeds"], arms["values"]) if own is not None}
+    values = {
+        (label, steps): dict(zip(seeds, own))
+        for label, steps, seeds, own in zip(arms["label"], arms["steps"], arms["seeds"], arms["values"])
+        if own is not None
+    }
     made = rows[rows["paired"]][kept].to_dict("records")
     for base, label in _pairs(dict(zip(arms["label"], arms["arm"])), against):
         for steps in arms[arms["label"] == label]["steps"]:
             first, second = values.get((base, steps), {}), values.get((label, steps), {})
             if len(common := [seed for seed in first if seed in second]) > 1:
-                change = paired_difference({seed: first[seed] for seed in common}, {seed: second[seed] for seed in common})
-                made.append({"label": f"{label} − {base}", "steps": steps, "mean": change.mean, "low": change.low, "high": change.high, "n": change.n})
+                change = paired_difference(
+                    {seed: first[seed] for seed in common}, {seed: second[seed] for seed in common}
+                )
+                made.append(
+                    {
+                        "label": f"{label} − {base}",
+                        "steps": steps,
+                        "mean": change.mean,
+                        "low": change.low,
+                        "high": change.high,
+                        "n": change.n,
+                    }
+                )
     return pd.DataFrame(made, columns=kept).drop_duplicates(["label", "steps"])
 
 # %% ../../nbs/10_lab/12_collate.ipynb #5e346018
@@ -164,10 +239,16 @@ class Published:
 
 
 def published(experiment: str, metric: str, arms: Iterable[str]) -> list[Published]:
-    """The published tables that belong beside a metric of an experiment, reduced to the `arms` that are ours as well."""
+    """The published tables that belong beside a metric of an experiment, reduced to the `arms` that are ours as
+    well.
+    """
     arms, found = set(arms), []
     for entry in json.loads((Path(ddil.__file__).parent / "assets" / "paper.json").read_text(encoding="utf-8")):
-        figures = {arm: {int(steps): value for steps, value in values.items()} for arm, values in entry["figures"].items() if arm in arms}
+        figures = {
+            arm: {int(steps): value for steps, value in values.items()}
+            for arm, values in entry["figures"].items()
+            if arm in arms
+        }
         if [experiment, metric] in entry["beside"] and figures:
             found.append(Published(entry["source"], entry["protocol"], figures))
     return found
@@ -175,7 +256,9 @@ def published(experiment: str, metric: str, arms: Iterable[str]) -> list[Publish
 # %% ../../nbs/10_lab/12_collate.ipynb #90d914bc
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one place of a table: a mean with its interval (nan without), or text of a published figure, or nothing."""
+    """What stands in one place of a table: a mean with its interval (nan without), or text of a published figure,
+    or nothing.
+    """
 
     mean: float = math.nan
     low: float = math.nan
@@ -201,7 +284,9 @@ class Cell:
 
 
 def digits_of(rows: pd.DataFrame) -> int:
-    """Digits after the point at which the interval of the usual row has two that count (without intervals: at which means have three)."""
+    """Digits after the point at which the interval of the usual row has two that count (without intervals: at which
+    means have three).
+    """
     halves = ((rows["high"] - rows["low"]) / 2).dropna()
     halves = halves[halves > 0]
     means = rows["mean"].abs()[rows["mean"] != 0]
@@ -229,8 +314,14 @@ class MetricTable:
     def note(self) -> str:
         """Protocol and seeds, and the sources of published figures."""
         seeds = sorted(self.rows["n"].unique())
-        told = f"{'; '.join(f'{field}: {value}' for field, value in self.protocol.items())}. Mean and 95 % interval over {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}."
-        return told + "".join(f" ({mark}) {paper}: context, by another protocol, not to be ranked with ours." for mark, paper in zip("abcdefgh", self.papers))
+        told = (
+            f"{'; '.join(f'{field}: {value}' for field, value in self.protocol.items())}. Mean and 95 % "
+            f"interval over {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}."
+        )
+        return told + "".join(
+            f" ({mark}) {paper}: context, by another protocol, not to be ranked with ours."
+            for mark, paper in zip("abcdefgh", self.papers)
+        )
 
     def grid(self) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
         """Heads of the columns after the first, and for each arm its cells."""
@@ -248,21 +339,46 @@ def _grid(rows: pd.DataFrame, papers: Sequence[Published]) -> tuple[list[str], l
             for steps, value in values.items():
                 quoted.setdefault((arm, steps), []).append(f"{value:.2f} ({mark})")
     steps = sorted({int(number) for number in rows["steps"]} | {number for _, number in quoted}, reverse=True)
-    columns = [(number, paper) for number in steps for paper in (False, True) if (number in set(rows["steps"]) if not paper else any(number == other for _, other in quoted))]
+    columns = [
+        (number, paper)
+        for number in steps
+        for paper in (False, True)
+        if (number in set(rows["steps"]) if not paper else any(number == other for _, other in quoted))
+    ]
     digits = digits_of(rows) if len(rows) else 3
-    found = {(label, number): Cell(mean, low, high, digits=digits) for label, number, mean, low, high in zip(rows["label"], rows["steps"], rows["mean"], rows["low"], rows["high"])}
+    found = {
+        (label, number): Cell(mean, low, high, digits=digits)
+        for label, number, mean, low, high in zip(rows["label"], rows["steps"], rows["mean"], rows["low"], rows["high"])
+    }
     arms = dict(zip(rows["label"], rows["arm"] if "arm" in rows else rows["label"]))
-    lines = [(label, [Cell(paper=", ".join(quoted.get((arm, number), []))) if paper else found.get((label, number), Cell()) for number, paper in columns]) for label, arm in arms.items()]
+    lines = [
+        (
+            label,
+            [
+                Cell(paper=", ".join(quoted.get((arm, number), []))) if paper else found.get((label, number), Cell())
+                for number, paper in columns
+            ],
+        )
+        for label, arm in arms.items()
+    ]
     return [f"{number} step{'s' * (number > 1)}" + ", paper" * paper for number, paper in columns], lines
 
 # %% ../../nbs/10_lab/12_collate.ipynb #4735824e
 def protocols_apart(frame: pd.DataFrame) -> list[str]:
-    """A line for each metric of an experiment that was measured by several protocols: the fields that keep its rows from one table."""
+    """A line for each metric of an experiment that was measured by several protocols: the fields that keep its rows
+    from one table.
+    """
     told = []
     for (experiment, metric), rows in frame.groupby(["experiment", "metric"], sort=False):
-        kinds = [(json.loads(protocol), ", ".join(dict.fromkeys(part["run"]))) for protocol, part in rows.groupby("protocol", sort=False)]
+        kinds = [
+            (json.loads(protocol), ", ".join(dict.fromkeys(part["run"])))
+            for protocol, part in rows.groupby("protocol", sort=False)
+        ]
         for fields, runs in kinds[1:]:
-            told.append(f"{experiment}: {metric} was measured differently in {kinds[0][1]} and in {runs}, so they do not share a table: {'; '.join(differing_fields(kinds[0][0], fields))}")
+            told.append(
+                f"{experiment}: {metric} was measured differently in {kinds[0][1]} and in {runs}, so they do not "
+                f"share a table: {'; '.join(differing_fields(kinds[0][0], fields))}"
+            )
     return told
 
 
@@ -272,15 +388,29 @@ def tables(frame: pd.DataFrame, against: str | None = None) -> list[MetricTable]
     for (experiment, metric, protocol), rows in frame.groupby(["experiment", "metric", "protocol"], sort=False):
         differences = paired_rows(rows, against)
         if len(arms := rows[~rows["paired"]]):
-            made.append(MetricTable(experiment, metric, json.loads(protocol), rows, differences, published(experiment, metric, arms["arm"])))
+            made.append(
+                MetricTable(
+                    experiment,
+                    metric,
+                    json.loads(protocol),
+                    rows,
+                    differences,
+                    published(experiment, metric, arms["arm"]),
+                )
+            )
     return made
 
-
+# %% ../../nbs/10_lab/12_collate.ipynb #ace4ec7a
 def one_table(frame: pd.DataFrame, metric: str, against: str | None = None) -> MetricTable:
-    """One table of a metric over all experiments of the frame. Raises ValueError for an unknown metric, and, naming the fields, where protocols differ."""
+    """One table of a metric over all experiments of the frame. Raises ValueError for an unknown metric, and, naming
+    the fields, where protocols differ.
+    """
     rows = frame[frame["metric"] == metric]
     if rows.empty:
-        raise ValueError(f"no results for {metric!r}{did_you_mean(metric, frame['metric'].unique())}; there are {', '.join(frame['metric'].unique())}")
+        raise ValueError(
+            f"no results for {metric!r}{did_you_mean(metric, frame['metric'].unique())}; there "
+            f"are {', '.join(frame['metric'].unique())}"
+        )
     rows = rows.assign(experiment=" + ".join(rows["experiment"].unique()))
     if apart := protocols_apart(rows):
         raise ValueError("\n".join(apart))
@@ -292,7 +422,9 @@ def _drawn(grid: tuple[list[str], list[tuple[str, list[Cell]]]], is_difference: 
     """A grid as a table; differences whose interval excludes zero are bold."""
     heads, lines = grid
     word = lambda cell: f"**{cell}**" if is_difference and cell.clear else str(cell)
-    return Table.of(["difference" if is_difference else "arm", *heads], [[label, *map(word, cells)] for label, cells in lines])
+    return Table.of(
+        ["difference" if is_difference else "arm", *heads], [[label, *map(word, cells)] for label, cells in lines]
+    )
 
 
 def _drawings(table: MetricTable) -> list[Table]:
@@ -312,15 +444,32 @@ def latex(table: MetricTable) -> str:
     caption = rf"\caption{{{latex_text(table.metric)}. {latex_text(table.note)}}}"
     return "\n".join([r"\begin{table}", r"\centering\small", parts, caption, r"\end{table}"]) + "\n"
 
-
+# %% ../../nbs/10_lab/12_collate.ipynb #edf4c529
 def as_csv(some: Sequence[MetricTable]) -> str:
-    """The rows of tables as CSV, at full precision: arms and paired differences, with the published figures of the same arm and steps."""
+    """The rows of tables as CSV, at full precision: arms and paired differences, with the published figures of the
+    same arm and steps.
+    """
     lines = []
     for table in some:
         for kind, rows in (("arm", table.rows[~table.rows["paired"]]), ("difference", table.differences)):
             for entry in rows.to_dict("records"):
-                quoted = [(paper.figures[entry.get("arm")][entry["steps"]], str(paper)) for paper in table.papers if kind == "arm" and entry["steps"] in paper.figures.get(entry["arm"], {})]
-                lines.append({"experiment": table.experiment, "metric": table.metric, "kind": kind, "arm": entry["label"], **{key: entry[key] for key in ("steps", "mean", "low", "high", "n")},
-                              "seeds": " ".join(map(str, entry.get("seeds", ()))), "paper": "; ".join(f"{value:g}" for value, _ in quoted), "paper source": "; ".join(source for _, source in quoted),
-                              "protocol": json.dumps(table.protocol, ensure_ascii=False), "run": entry.get("run", "")})
+                quoted = [
+                    (paper.figures[entry.get("arm")][entry["steps"]], str(paper))
+                    for paper in table.papers
+                    if kind == "arm" and entry["steps"] in paper.figures.get(entry["arm"], {})
+                ]
+                lines.append(
+                    {
+                        "experiment": table.experiment,
+                        "metric": table.metric,
+                        "kind": kind,
+                        "arm": entry["label"],
+                        **{key: entry[key] for key in ("steps", "mean", "low", "high", "n")},
+                        "seeds": " ".join(map(str, entry.get("seeds", ()))),
+                        "paper": "; ".join(f"{value:g}" for value, _ in quoted),
+                        "paper source": "; ".join(source for _, source in quoted),
+                        "protocol": json.dumps(table.protocol, ensure_ascii=False),
+                        "run": entry.get("run", ""),
+                    }
+                )
     return pd.DataFrame(lines).to_csv(index=False)

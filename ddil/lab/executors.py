@@ -34,7 +34,9 @@ __all__ = ['Task', 'Executor', 'visible_gpus', 'Local', 'Slurm']
 # %% ../../nbs/10_lab/10_executors.ipynb #d6e6bff3
 @dataclass
 class Task:
-    """A run and where it stands. `told`: why; `job`: what the executor knows it by; `gpus`: those that it has; `name`: what it is called where its batch is not the only one."""
+    """A run and where it stands. `told`: why; `job`: what the executor knows it by; `gpus`: those that it has;
+    `name`: what it is called where its batch is not the only one.
+    """
 
     run: Run
     batch: Batch
@@ -59,7 +61,10 @@ class Task:
 
 # %% ../../nbs/10_lab/10_executors.ipynb #e30e0132
 class Executor(Protocol):
-    """Who does the work: `start` begins those tasks that there is room for and returns them; `look` says "pending", "running" or "ended" of a task; `adopt` whether a task was begun by an earlier runner; `last_words` how one ended that left no verdict."""
+    """Who does the work: `start` begins those tasks that there is room for and returns them; `look` says "pending",
+    "running" or "ended" of a task; `adopt` whether a task was begun by an earlier runner; `last_words` how one
+    ended that left no verdict.
+    """
 
     def start(self, tasks: Sequence[Task]) -> list[Task]: ...
     def look(self, task: Task) -> str: ...
@@ -75,7 +80,9 @@ def _command(task: Task) -> CommandFunction:
 def _in_folder(executor: type[submitit.Executor], task: Task, **parameters: Any) -> submitit.Executor:
     """submitit's executor with its files below the batch's folder."""
     made = executor(task.batch.folder / ".submitit")
-    made._throttling = 0.0 if executor is submitit.LocalExecutor else made._throttling  # it waits between submissions for a cluster's sake
+    made._throttling = (
+        0.0 if executor is submitit.LocalExecutor else made._throttling
+    )  # it waits between submissions for a cluster's sake
     made.update_parameters(**parameters)
     return made
 
@@ -91,7 +98,9 @@ def visible_gpus() -> list[str]:
 
 # %% ../../nbs/10_lab/10_executors.ipynb #2118a541
 class Local:
-    """Processes of this machine, at most `parallel` at once (default: one for each GPU, or for each core that OMP_NUM_THREADS leaves)."""
+    """Processes of this machine, at most `parallel` at once (default: one for each GPU, or for each core that
+    OMP_NUM_THREADS leaves).
+    """
 
     def __init__(self, parallel: int | None = None, gpus: Sequence[str] | None = None):
         self.gpus = list(visible_gpus() if gpus is None else gpus)
@@ -109,12 +118,20 @@ class Local:
         """Why a run can never be started here, if it cannot."""
         if run.resources.nodes > 1:
             return f"it needs {run.resources.nodes} machines, and this is one: --executor slurm"
-        return f"it needs {run.resources.gpus} GPUs, and here are {len(self.gpus)}" if self.needed(run.resources) > len(self.gpus) else ""
+        return (
+            f"it needs {run.resources.gpus} GPUs, and here are {len(self.gpus)}"
+            if self.needed(run.resources) > len(self.gpus)
+            else ""
+        )
 
     def _room(self, run: Run) -> bool:
         free = len(self.gpus) - sum(len(task.gpus) for task in self.working)
         memory = sum(task.run.resources.memory or 0 for task in self.working) + (run.resources.memory or 0)
-        return len(self.working) < self.parallel and self.needed(run.resources) <= free and (not self.working or memory <= self.memory)
+        return (
+            len(self.working) < self.parallel
+            and self.needed(run.resources) <= free
+            and (not self.working or memory <= self.memory)
+        )
 
     def start(self, tasks: Sequence[Task]) -> list[Task]:
         """Start those that there is room for now."""
@@ -154,11 +171,24 @@ class Local:
 
 # %% ../../nbs/10_lab/10_executors.ipynb #33a35669
 class Slurm:
-    """Jobs of SLURM's, at most `parallel` in its queue at once (default: all). `options`: of the command line, over those of the batch file."""
+    """Jobs of SLURM's, at most `parallel` in its queue at once (default: all). `options`: of the command line, over
+    those of the batch file.
+    """
 
-    def __init__(self, parallel: int | None = None, options: dict[str, Any] | None = None, every: float = 5.0, settle: float = 15.0):
+    def __init__(
+        self,
+        parallel: int | None = None,
+        options: dict[str, Any] | None = None,
+        every: float = 5.0,
+        settle: float = 15.0,
+    ):
         if shutil.which("sbatch") is None:
-            raise BatchError(["--executor slurm: there is no sbatch on this machine; go to a login node of the cluster, or use --executor local"])
+            raise BatchError(
+                [
+                    "--executor slurm: there is no sbatch on this machine; go to a login node "
+                    "of the cluster, or use --executor local"
+                ]
+            )
         self.parallel, self.options, self.every, self.settle = parallel or math.inf, options or {}, every, settle
         self.states: dict[str, str] = {}
         self.gone: dict[str, float] = {}
@@ -172,14 +202,24 @@ class Slurm:
         """What SLURM is asked for: twice the minutes that the run should take, unless --time says how many."""
         takes, options = task.run.resources, {**task.batch.slurm, **self.options}
         minutes = options.pop("time", None) or (takes.minutes and math.ceil(2 * takes.minutes))
-        asked = {"time": minutes, "nodes": takes.nodes, "ntasks_per_node": 1, "cpus_per_task": takes.cores, "gpus_per_node": takes.gpus or None, "mem": takes.memory and f"{math.ceil(1024 * takes.memory)}M"}
+        asked = {
+            "time": minutes,
+            "nodes": takes.nodes,
+            "ntasks_per_node": 1,
+            "cpus_per_task": takes.cores,
+            "gpus_per_node": takes.gpus or None,
+            "mem": takes.memory and f"{math.ceil(1024 * takes.memory)}M",
+        }
         return {"name": f"ddil-{task.batch.name}", "use_srun": False, **asked, **options}
 
     def start(self, tasks: Sequence[Task]) -> list[Task]:
         """Send those that there is room for."""
         self.sent = sum(state != "ended" for state in self.states.values())
         room = tasks[: int(min(self.parallel - self.sent, len(tasks)))]
-        for _, alike in groupby(sorted(room, key=lambda task: str((task.batch.name, task.run.resources))), key=lambda task: (task.batch.name, task.run.resources)):
+        for _, alike in groupby(
+            sorted(room, key=lambda task: str((task.batch.name, task.run.resources))),
+            key=lambda task: (task.batch.name, task.run.resources),
+        ):
             self._send(list(alike))
         return room
 
@@ -201,11 +241,18 @@ class Slurm:
         """Ask SLURM where all our jobs are; when it does not answer, nothing is known to have changed."""
         if time.monotonic() - self.asked < self.every:
             return
-        told = subprocess.run(["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T"], capture_output=True, text=True)
+        told = subprocess.run(
+            ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T"],
+            capture_output=True,
+            text=True,
+        )
         self.asked = time.monotonic()
         if told.returncode == 0:
             queue = dict(line.strip().split("|") for line in told.stdout.splitlines() if "|" in line)
-            self.states = {job: {"PENDING": "pending"}.get(queue[job], "running") if job in queue else "ended" for job in self.states}
+            self.states = {
+                job: {"PENDING": "pending"}.get(queue[job], "running") if job in queue else "ended"
+                for job in self.states
+            }
 
     def look(self, task: Task) -> str:
         """Where the job is; one that left no verdict has ended only when its files had the time to appear."""
@@ -213,12 +260,17 @@ class Slurm:
         state = self.states.get(task.job, "ended")
         if state != "ended" or (task.folder / "done.json").exists() or (task.folder / "failed.json").exists():
             return state
-        return "ended" if time.monotonic() - self.gone.setdefault(task.job, time.monotonic()) > self.settle else "running"
+        return (
+            "ended" if time.monotonic() - self.gone.setdefault(task.job, time.monotonic()) > self.settle else "running"
+        )
 
     def last_words(self, task: Task) -> str:
         """What SLURM says of its end (a time limit, a cancellation), or the end of its log."""
         told = list((task.batch.folder / ".submitit").glob(f"{task.job}*_log.err"))
-        return next((line for path in told if "slurm" in (line := last_line(path.read_text(errors="replace")))), last_line(log_end(task.folder)))
+        return next(
+            (line for path in told if "slurm" in (line := last_line(path.read_text(errors="replace")))),
+            last_line(log_end(task.folder)),
+        )
 
     def adopt(self, task: Task) -> bool:
         """Whether the job that the run was sent as is still in the queue."""

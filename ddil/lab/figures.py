@@ -59,11 +59,20 @@ def _panels(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def _axes(figure: Picture, panels: int, across: int) -> list:
-    """Axes that share their scales; margins in inches, since a layout that is searched for takes longer than everything else."""
+    """Axes that share their scales; margins in inches, since a layout that is searched for takes longer than
+    everything else.
+    """
     axes = figure.subplots(math.ceil(panels / across), across, squeeze=False, sharex=True, sharey=True).ravel()
     if across > 1:
         width, height = figure.get_size_inches()
-        figure.subplots_adjust(left=0.62 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.12, hspace=0.42)
+        figure.subplots_adjust(
+            left=0.62 / width,
+            right=1 - 0.1 / width,
+            bottom=0.5 / height,
+            top=1 - 0.3 / height,
+            wspace=0.12,
+            hspace=0.42,
+        )
     for ax in axes[panels:]:
         ax.set_visible(False)
     for i, ax in enumerate(axes[:panels]):
@@ -82,7 +91,11 @@ def figure_of(curves: Sequence[Curve], xlabel: str, ylabel: str, log_x: bool = F
         raise ValueError(f"there is nothing to draw for {ylabel!r}")
     panels = _panels(curves)
     across = 1 if len(panels) == 1 else 3 if len(panels) <= 9 else 4
-    figure = Picture(figsize=(6.4, 3.6), layout="constrained") if across == 1 else Picture(figsize=(2.1 * across, 1.65 * math.ceil(len(panels) / across) + 0.5))
+    figure = (
+        Picture(figsize=(6.4, 3.6), layout="constrained")
+        if across == 1
+        else Picture(figsize=(2.1 * across, 1.65 * math.ceil(len(panels) / across) + 0.5))
+    )
     axes = _axes(figure, len(panels), across)
     means = [mean for curve in curves for _, mean, _, _ in curve.points]
     crowd = [np.stack(curve.arrays()[:2], axis=1) for curve in curves]
@@ -91,7 +104,18 @@ def figure_of(curves: Sequence[Curve], xlabel: str, ylabel: str, log_x: bool = F
             ax.add_collection(LineCollection(crowd, color="0.86", lw=0.8, zorder=1))
         for shade, curve in zip([*COLOURS], own):
             x, mean, ends = curve.arrays()
-            ax.errorbar(x, mean, ends, fmt="o-", ms=3.5, lw=1.3, capsize=2, color="black" if curve.name.startswith("teacher") else shade, label=curve.name, zorder=2)
+            ax.errorbar(
+                x,
+                mean,
+                ends,
+                fmt="o-",
+                ms=3.5,
+                lw=1.3,
+                capsize=2,
+                color="black" if curve.name.startswith("teacher") else shade,
+                label=curve.name,
+                zorder=2,
+            )
         _label(ax, name, own)
     if log_x:
         _log_axis(axes[0], sorted({point[0] for curve in curves for point in curve.points}))
@@ -112,13 +136,28 @@ def png(picture: Picture) -> bytes:
 
 
 def _label(ax, name: str, own: Sequence[Curve]) -> None:
-    """The names of the lines: a title for one, the variants in its colours under it, or a legend beside a single panel."""
+    """The names of the lines: a title for one, the variants in its colours under it, or a legend beside a single
+    panel.
+    """
     if not name:
         ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return
-    ax.set_title(name, fontsize=7.5, loc="left", pad=9 if len(own) > 1 else 3, color=COLOURS[0] if own[0].name == name else "black")
+    ax.set_title(
+        name,
+        fontsize=7.5,
+        loc="left",
+        pad=9 if len(own) > 1 else 3,
+        color=COLOURS[0] if own[0].name == name else "black",
+    )
     for i, (shade, curve) in enumerate(zip(COLOURS[1:], own[1:3])):
-        ax.text(0, 1.015 - 0.09 * i, curve.name.replace(name.partition(" (")[0], "", 1).strip(), color=shade, fontsize=6.5, transform=ax.transAxes)
+        ax.text(
+            0,
+            1.015 - 0.09 * i,
+            curve.name.replace(name.partition(" (")[0], "", 1).strip(),
+            color=shade,
+            fontsize=6.5,
+            transform=ax.transAxes,
+        )
 
 
 def _log_axis(ax, places: Sequence[float]) -> None:
@@ -141,7 +180,7 @@ def is_cost(metric: str) -> bool:
 
 
 def _problem(metric: str) -> str:
-    return metric[metric.rfind(" ("):] if metric.endswith(")") else ""
+    return metric[metric.rfind(" (") :] if metric.endswith(")") else ""
 
 
 def _curves(rows: pd.DataFrame, x: str = "steps") -> list[Curve]:
@@ -159,12 +198,24 @@ def against_steps(table: MetricTable) -> Picture | None:
 
 
 def against_cost(table: MetricTable, others: Sequence[MetricTable]) -> tuple[str, Picture] | None:
-    """(cost, picture) of quality against what the training of the same arms cost, in evaluations if these differ between them, else in seconds; None where neither was measured or differs."""
+    """(cost, picture) of quality against what the training of the same arms cost, in evaluations if these differ
+    between them, else in seconds; None where neither was measured or differs.
+    """
     arms = table.rows[~table.rows["paired"]]
-    costs = [other for unit in ("evaluations", "seconds") for other in others if other.metric.startswith(unit) and _problem(other.metric) == _problem(table.metric)]
+    costs = [
+        other
+        for unit in ("evaluations", "seconds")
+        for other in others
+        if other.metric.startswith(unit) and _problem(other.metric) == _problem(table.metric)
+    ]
     for other in costs if not is_cost(table.metric) else ():
-        spent = {(label, steps): mean for label, steps, mean in zip(other.rows["label"], other.rows["steps"], other.rows["mean"])}
-        both = arms.assign(cost=[spent.get(key, math.nan) for key in zip(arms["label"], arms["steps"])]).dropna(subset="cost")
+        spent = {
+            (label, steps): mean
+            for label, steps, mean in zip(other.rows["label"], other.rows["steps"], other.rows["mean"])
+        }
+        both = arms.assign(cost=[spent.get(key, math.nan) for key in zip(arms["label"], arms["steps"])]).dropna(
+            subset="cost"
+        )
         both = both[both["cost"] > 0]
         curves = [curve for curve in _curves(both, "cost") if len(curve.points) > 1]
         if curves and both["cost"].max() > 1.5 * both["cost"].min():
@@ -173,7 +224,12 @@ def against_cost(table: MetricTable, others: Sequence[MetricTable]) -> tuple[str
 
 # %% ../../nbs/10_lab/13_figures.ipynb #9d341d93
 _NUMBER = r"(\d+(?:\.\d+)?)"
-_SWEPT = (rf"(.*), ([^,=]+) = {_NUMBER}()", rf"(.*) at (\w+) = {_NUMBER}(.*)", rf"(.*), ([a-z][a-z ]*) {_NUMBER}( \(.*\))?", rf"()([a-z][a-z ]*) {_NUMBER}()")
+_SWEPT = (
+    rf"(.*), ([^,=]+) = {_NUMBER}()",
+    rf"(.*) at (\w+) = {_NUMBER}(.*)",
+    rf"(.*), ([a-z][a-z ]*) {_NUMBER}( \(.*\))?",
+    rf"()([a-z][a-z ]*) {_NUMBER}()",
+)
 
 
 def swept(name: str) -> tuple[str, str, float] | None:
@@ -186,7 +242,9 @@ def swept(name: str) -> tuple[str, str, float] | None:
 
 
 def sweeps(tables: Sequence[MetricTable], enough: int = 3) -> Iterator[tuple[str, str, Picture]]:
-    """(metric, variable, picture) for every sweep of at least `enough` values, over the arms of a table or over metrics, with a picture for each number of steps if these are many."""
+    """(metric, variable, picture) for every sweep of at least `enough` values, over the arms of a table or over
+    metrics, with a picture for each number of steps if these are many.
+    """
     rows = pd.concat([table.rows[~table.rows["paired"]] for table in tables], ignore_index=True)
     for column in ("label", "metric"):
         named = rows.assign(swept=rows[column].map(swept)).dropna(subset="swept")
@@ -194,7 +252,9 @@ def sweeps(tables: Sequence[MetricTable], enough: int = 3) -> Iterator[tuple[str
         named = named.assign(**{column: named["rest"].where(named["rest"] != "", named["variable"])})
         for (_, metric, variable), own in named.groupby(["experiment", "metric", "variable"], sort=False):
             for steps, part in own.groupby("steps", sort=False):
-                curves = [curve for curve in _curves(part, "value") if len({point[0] for point in curve.points}) >= enough]
+                curves = [
+                    curve for curve in _curves(part, "value") if len({point[0] for point in curve.points}) >= enough
+                ]
                 if curves and not is_cost(metric):
                     values = [point[0] for curve in curves for point in curve.points]
                     name = metric if own["steps"].nunique() == 1 else f"{metric}, {steps} step{'s' * (steps > 1)}"

@@ -37,7 +37,9 @@ class Passes:
         self.folder, self.key = Path(folder), json.loads(json.dumps(dict(key)))
 
     def get(self, name: str, make: Callable[[], Any], **decides: Any) -> Any:
-        """The pass of this name: read from its file if it was made with the same key, else made. `decides`: what decides this pass alone."""
+        """The pass of this name: read from its file if it was made with the same key, else made. `decides`: what
+        decides this pass alone.
+        """
         path, key = self.folder / _file_name(name), {**self.key, **json.loads(json.dumps(decides))}
         if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("key") == key:
             return kept["made"]
@@ -72,8 +74,11 @@ class Figures:
 
     def of(self, group: str, metric: str, steps: int | None = None) -> dict[tuple[str, int], dict[int, float]]:
         """The values by seed of every (arm, steps) of a metric."""
-        return {(arm, number): by_seed for (own, arm, number, name), by_seed in self.values.items()
-                if (own, name) == (group, metric) and steps in (None, number)}
+        return {
+            (arm, number): by_seed
+            for (own, arm, number, name), by_seed in self.values.items()
+            if (own, name) == (group, metric) and steps in (None, number)
+        }
 
     def metrics(self) -> list[tuple[str, str]]:
         """(metric, group) of all that was measured, in the order of their names in results."""
@@ -83,7 +88,10 @@ class Figures:
     def rows(self) -> list[dict[str, Any]]:
         """The rows for results.json; an arm that diverged with some seed has none."""
         finite = {key: by_seed for key, by_seed in self.values.items() if all(map(math.isfinite, by_seed.values()))}
-        return [row(arm, steps, metric_name(metric, group), by_seed) for (group, arm, steps, metric), by_seed in finite.items()]
+        return [
+            row(arm, steps, metric_name(metric, group), by_seed)
+            for (group, arm, steps, metric), by_seed in finite.items()
+        ]
 
 # %% ../../nbs/10_lab/06_frame.ipynb #450753ef
 class Experiment:
@@ -101,17 +109,25 @@ class Experiment:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def sweep(self, group: str, arms: Sequence[str], seeds: Iterable[int], make: Callable[[str, int], Rows]) -> None:
-        """Measure every arm with every seed, or read what was kept. `make(arm, seed)` returns rows (arm, steps, metric, value)."""
+        """Measure every arm with every seed, or read what was kept. `make(arm, seed)` returns rows (arm, steps,
+        metric, value).
+        """
         for seed in seeds:
             for arm in progress(list(arms), f"{group or self.notebook.stem}, seed {seed}"):
                 name = "-".join(part for part in (group, arm, str(seed)) if part)
                 self.figures.add(group, seed, self.passes.get(name, lambda: list(make(arm, seed))))
 
-    def finish(self, protocol_of: Callable[[str, str], Mapping[str, Any]], further: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Write results.json and return it. `protocol_of(metric, group)`: how a metric was measured; `further`: rows of its own."""
+    def finish(
+        self, protocol_of: Callable[[str, str], Mapping[str, Any]], further: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Write results.json and return it. `protocol_of(metric, group)`: how a metric was measured; `further`:
+        rows of its own.
+        """
         protocol = {metric_name(metric, group): protocol_of(metric, group) for metric, group in self.figures.metrics()}
         command = command_line(Path("experiments") / self.notebook.name, self.settings)
-        self.results = read_results(write_results(self.folder, self.notebook.stem, protocol, command, [*self.figures.rows(), *further]))
+        self.results = read_results(
+            write_results(self.folder, self.notebook.stem, protocol, command, [*self.figures.rows(), *further])
+        )
         return self.results
 
     def table(self, metric: str, group: str = "", digits: int = 3, **how: Any) -> Table:

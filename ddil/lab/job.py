@@ -53,14 +53,21 @@ class Hashes:
         return entry[2]
 
     def of(self, path: str | Path) -> str:
-        """Of a file; of a folder's files and their names, hidden ones left out; a folder of another run counts by that run's key."""
+        """Of a file; of a folder's files and their names, hidden ones left out; a folder of another run counts by
+        that run's key.
+        """
         path = Path(path).expanduser().resolve()
         for place in (path, *path.parents):
             if (place / "done.json").is_file():
                 return f"{read_json(place / 'done.json').get('key')}/{path.relative_to(place)}"
         if path.is_file():
             return self.of_file(path)
-        files = (file for file in sorted(path.rglob("*")) if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts))
+        files = (
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+            and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
+        )
         return _digest([[file.relative_to(path).as_posix(), self.of_file(file)] for file in files])
 
     def save(self) -> None:
@@ -83,9 +90,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # %% ../../nbs/10_lab/09_job.ipynb #9a8a8249
 def package_hash(folder: str | Path | None = None) -> str:
-    """Of the package's code and weights. Lines that are comments do not count, so that a notebook's cell can be moved without running all anew."""
+    """Of the package's code and weights. Lines that are comments do not count, so that a notebook's cell can be
+    moved without running all anew.
+    """
     folder = Path(folder or Path(ddil.__file__).parent)
-    code = {path.relative_to(folder).as_posix(): _digest([line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.lstrip().startswith("#")]) for path in folder.rglob("*.py")}
+    code = {
+        path.relative_to(folder).as_posix(): _digest(
+            [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip() and not line.lstrip().startswith("#")
+            ]
+        )
+        for path in folder.rglob("*.py")
+    }
     assets = folder / "assets"
     return _digest([code, Hashes().of(assets) if assets.is_dir() else ""])
 
@@ -94,19 +112,31 @@ def run_parts(run: Run, hashes: Hashes, package: str) -> dict[str, Any]:
     """What decides a run's results; `package`: see `package_hash`. The folder that it writes into does not."""
     parameters = {name: value for name, value in run.parameters.items() if name != "output"}
     paths = {path for value in parameters.values() for path in named_paths(value) if Path(path).expanduser().exists()}
-    return {"notebook": _digest([source for source, _ in code_cells(run.notebook)]), "parameters": parameters, "package": package, "data": {path: hashes.of(path) for path in sorted(paths)}}
+    return {
+        "notebook": _digest([source for source, _ in code_cells(run.notebook)]),
+        "parameters": parameters,
+        "package": package,
+        "data": {path: hashes.of(path) for path in sorted(paths)},
+    }
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
     """The key of a run, of its parts."""
     return _digest(parts)
 
-
+# %% ../../nbs/10_lab/09_job.ipynb #e4005c27
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the parts of two keys, in words."""
-    told = {"notebook": "the notebook's code", "package": "the package's sources or weights", "data": "files that parameters name"}
-    values = [f"{name} was {then.get('parameters', {}).get(name)!r}, is {now['parameters'].get(name)!r}" for name in sorted({*then.get("parameters", {}), *now["parameters"]})
-              if then.get("parameters", {}).get(name) != now["parameters"].get(name)]
+    told = {
+        "notebook": "the notebook's code",
+        "package": "the package's sources or weights",
+        "data": "files that parameters name",
+    }
+    values = [
+        f"{name} was {then.get('parameters', {}).get(name)!r}, is {now['parameters'].get(name)!r}"
+        for name in sorted({*then.get("parameters", {}), *now["parameters"]})
+        if then.get("parameters", {}).get(name) != now["parameters"].get(name)
+    ]
     return values + [words for part, words in told.items() if then.get(part) != now[part]]
 
 # %% ../../nbs/10_lab/09_job.ipynb #81578a66
@@ -122,18 +152,26 @@ def at_work(folder: Path) -> bool:
 
 
 def standing(folder: Path, parts: Mapping[str, Any]) -> tuple[str, str]:
-    """Where a run stands and why: "running"; "done" or "failed" under the key of `parts`; "begun", and to be continued; "other", a folder of another run, to be moved aside; "new"."""
+    """Where a run stands and why: "running"; "done" or "failed" under the key of `parts`; "begun", and to be
+    continued; "other", a folder of another run, to be moved aside; "new".
+    """
     if at_work(folder):
         return "running", ""
     done, failed, task = (read_json(folder / name) for name in ("done.json", "failed.json", ".run/task.json"))
     if done:
-        return ("done", "") if done.get("key") == key_of(parts) else ("other", "; ".join(changes(done.get("parts", {}), parts)))
+        return (
+            ("done", "")
+            if done.get("key") == key_of(parts)
+            else ("other", "; ".join(changes(done.get("parts", {}), parts)))
+        )
     if failed and failed.get("key") == key_of(parts):
         return "failed", failed.get("error", "")
     begun = (failed or task).get("parts")
     if begun is None:
         return "new", ""
-    foreign = [part for part in ("parameters", "data") if begun[part] != parts[part]]  # with other code an unfinished run goes on: that is how one mends it
+    foreign = [
+        part for part in ("parameters", "data") if begun[part] != parts[part]
+    ]  # with other code an unfinished run goes on: that is how one mends it
     return ("other", "; ".join(changes(begun, parts))) if foreign else ("begun", "")
 
 
@@ -149,7 +187,14 @@ def prepare_run(run: Run, parts: Mapping[str, Any], gpus: str | None = None, thr
     """Write the task of a run into its folder. `gpus`: what CUDA_VISIBLE_DEVICES is to be (None: left as it is)."""
     for name in ("done.json", "failed.json", "results.json"):
         (run.folder / name).unlink(missing_ok=True)
-    task = {"notebook": str(run.notebook), "parameters": run.parameters, "parts": parts, "key": key_of(parts), "gpus": gpus, "threads": threads}
+    task = {
+        "notebook": str(run.notebook),
+        "parameters": run.parameters,
+        "parts": parts,
+        "key": key_of(parts),
+        "gpus": gpus,
+        "threads": threads,
+    }
     write_text(run.folder / ".run" / "task.json", json.dumps(task, indent=1))
 
 
@@ -176,19 +221,30 @@ def _environment(task: Mapping[str, Any], folder: Path) -> None:
 
 # %% ../../nbs/10_lab/09_job.ipynb #5f1ad97b
 def work(folder: Path) -> int:
-    """Do the task in a run's folder. Returns the exit status: 0 done, 1 failed, 2 interrupted, 3 someone else is at it."""
+    """Do the task in a run's folder. Returns the exit status: 0 done, 1 failed, 2 interrupted, 3 someone else is at
+    it.
+    """
     from nbclient.exceptions import DeadKernelError  # seconds, which who only looks at runs need not wait
 
     try:
-        with FileLock(folder / ".run" / "lock", timeout=5):  # a moment's patience: who asks whether someone works here holds it, too
+        with FileLock(
+            folder / ".run" / "lock", timeout=5
+        ):  # a moment's patience: who asks whether someone works here holds it, too
             _end_leftovers(folder)
             task = json.loads((folder / ".run" / "task.json").read_text())
             _environment(task, folder)
             begun = time.time()
             problem = _execute(Path(task["notebook"]), folder, task["parameters"])
-            verdict = {"key": task["key"], "seconds": round(time.time() - begun, 1), "memory": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
-                       "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "parts": task["parts"]}
-            write_text(folder / ("failed.json" if problem else "done.json"), json.dumps({**problem, **verdict}, indent=1))
+            verdict = {
+                "key": task["key"],
+                "seconds": round(time.time() - begun, 1),
+                "memory": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "parts": task["parts"],
+            }
+            write_text(
+                folder / ("failed.json" if problem else "done.json"), json.dumps({**problem, **verdict}, indent=1)
+            )
             return 1 if problem else 0
     except Timeout:
         print(f"another process works in {folder}", file=sys.stderr)
@@ -205,22 +261,40 @@ def _execute(notebook: Path, folder: Path, parameters: dict) -> dict:
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        papermill.execute_notebook(str(notebook), str(folder / notebook.name), parameters, kernel_name="python3", cwd=".", log_output=True, progress_bar=False)
+        papermill.execute_notebook(
+            str(notebook),
+            str(folder / notebook.name),
+            parameters,
+            kernel_name="python3",
+            cwd=".",
+            log_output=True,
+            progress_bar=False,
+        )
     except PapermillExecutionError as error:
-        return {"error": f"{error.ename}: {error.evalue}", "cell": error.exec_count, "traceback": [_plain(line) for line in error.traceback]}
+        return {
+            "error": f"{error.ename}: {error.evalue}",
+            "cell": error.exec_count,
+            "traceback": [_plain(line) for line in error.traceback],
+        }
     except DeadKernelError:
         raise
     except Exception as error:  # papermill itself, for example for want of a kernel
         return {"error": f"{type(error).__name__}: {error}"}
-    return {} if (folder / "results.json").exists() else {"error": f"{notebook} came to its end and left no results.json in its output folder"}
+    return (
+        {}
+        if (folder / "results.json").exists()
+        else {"error": f"{notebook} came to its end and left no results.json in its output folder"}
+    )
 
 
 def _plain(text: str) -> str:
     """Without colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
-
-if __name__ == "__main__" and "__file__" in globals():  # started by ddil.lab.runner, through submitit; a notebook has no file
+# %% ../../nbs/10_lab/09_job.ipynb #c5498776
+if (
+    __name__ == "__main__" and "__file__" in globals()
+):  # started by ddil.lab.runner, through submitit; a notebook has no file
     _folder = Path(sys.argv[1]).resolve()
     _log = os.open(_folder / ".run" / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(_log, 1)
@@ -257,7 +331,9 @@ def progress_of(folder: Path) -> str:
 
 # %% ../../nbs/10_lab/09_job.ipynb #83e8b36c
 def keep(run: str | Path, place: str | Path) -> None:
-    """Copy the executed notebook (without progress bars and papermill's timings), results.json and the figures of a run's folder to `place`. Raises FileNotFoundError for a run without results."""
+    """Copy the executed notebook (without progress bars and papermill's timings), results.json and the figures of a
+    run's folder to `place`. Raises FileNotFoundError for a run without results.
+    """
     run, place = Path(run), Path(place)
     if not (run / "results.json").exists():
         raise FileNotFoundError(f"{run} has no results.json: run the experiment first")

@@ -45,7 +45,11 @@ def _letters(found: re.Match[str]) -> str:
 
     def letter(character: str) -> str:
         case = "CAPITAL" if character.isupper() else "SMALL"
-        for name in (f"MATHEMATICAL {kind} {case} {character.upper()}", f"{kind} {case} {character.upper()}", f"{'BLACK-LETTER' if kind == 'FRAKTUR' else kind} {case} {character.upper()}"):
+        for name in (
+            f"MATHEMATICAL {kind} {case} {character.upper()}",
+            f"{kind} {case} {character.upper()}",
+            f"{'BLACK-LETTER' if kind == 'FRAKTUR' else kind} {case} {character.upper()}",
+        ):
             try:
                 return unicodedata.lookup(name)
             except KeyError:
@@ -56,10 +60,14 @@ def _letters(found: re.Match[str]) -> str:
 
 
 def formula(latex: str, block: bool = False) -> str:
-    """A formula as MathML that draws itself in a browser, or its LaTeX in a box where that is not possible. `block`: on a line of its own."""
+    """A formula as MathML that draws itself in a browser, or its LaTeX in a box where that is not possible.
+    `block`: on a line of its own.
+    """
     from latex2mathml.converter import convert
 
-    written = re.sub(r"(\\[bB]ig+[lrm]?)\s*(\\\||\\[lr](?:ceil|floor)\b)", lambda found: found[1] + _SIZED[found[2]], latex)
+    written = re.sub(
+        r"(\\[bB]ig+[lrm]?)\s*(\\\||\\[lr](?:ceil|floor)\b)", lambda found: found[1] + _SIZED[found[2]], latex
+    )
     written = re.sub(r"\\arg\b", r"\\operatorname{arg}", written).replace(r"\&", _AMPERSAND)
     while (plainer := re.sub(r"(\\text\{[^{}]*)\\texttt\{([^{}]*)\}", r"\1\2", written)) != written:
         written = plainer
@@ -69,7 +77,9 @@ def formula(latex: str, block: bool = False) -> str:
         made = "\\"
     if "\\" in made:
         return f'<code class="formula">{html.escape(latex)}</code>'
-    made = re.sub(r'<(\w+)([^>]*) mathvariant="(double-struck|script|bold|fraktur)"([^>]*)>([^<]*)</', _letters, made).replace(_AMPERSAND, "&amp;")
+    made = re.sub(
+        r'<(\w+)([^>]*) mathvariant="(double-struck|script|bold|fraktur)"([^>]*)>([^<]*)</', _letters, made
+    ).replace(_AMPERSAND, "&amp;")
     made = made.replace("<math ", f'<math alttext="{html.escape(latex.strip())}" ', 1)
     return f'<div class="formula" tabindex="0">{made}</div>' if block else made
 
@@ -77,10 +87,12 @@ def formula(latex: str, block: bool = False) -> str:
 ASSETS = Path(ddil.__file__).parent / "assets" / "site"
 _MADE = ".ddil-pages"  # stands in every folder that we have made, and may replace
 
-
+# %% ../../nbs/10_lab/14_pages.ipynb #0c3930b8
 @dataclass
 class Book:
-    """Pages in one folder. `menu`: (heading, [(name, address), …]); `sources`: resolved path of a notebook or folder → address of its page; addresses are relative to the folder."""
+    """Pages in one folder. `menu`: (heading, [(name, address), …]); `sources`: resolved path of a notebook or
+    folder → address of its page; addresses are relative to the folder.
+    """
 
     folder: Path
     title: str
@@ -105,8 +117,18 @@ class Book:
         (self.folder / address).write_bytes(content)
         return address
 
-    def write(self, address: str, title: str, template: str, before: tuple[str, str] | None = None, after: tuple[str, str] | None = None, **values: Any) -> None:
-        """Write the page `address` from a template and its values; `before`, `after`: (name, address) of its neighbours in the reading order."""
+    def write(
+        self,
+        address: str,
+        title: str,
+        template: str,
+        before: tuple[str, str] | None = None,
+        after: tuple[str, str] | None = None,
+        **values: Any,
+    ) -> None:
+        """Write the page `address` from a template and its values; `before`, `after`: (name, address) of its
+        neighbours in the reading order.
+        """
         known = {"title": title, "url": address, "root": root_of(address), "previous": before, "following": after}
         body = Markup(self.templates.get_template(template).render(**known, **values))
         path = self.folder / address
@@ -114,9 +136,16 @@ class Book:
         path.write_text(self.templates.get_template("page.html").render(**known, body=body), encoding="utf-8")
 
     def finish(self, output: Path) -> None:
-        """Write the search index, look at every link, and put the folder in its place. Raises ValueError for links that lead nowhere."""
+        """Write the search index, look at every link, and put the folder in its place. Raises ValueError for links
+        that lead nowhere.
+        """
         if self.searchable:
-            (self.folder / "search-index.js").write_text("window.DDIL_SEARCH = " + json.dumps(self.entries, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/") + ";\n", encoding="utf-8")
+            (self.folder / "search-index.js").write_text(
+                "window.DDIL_SEARCH = "
+                + json.dumps(self.entries, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+                + ";\n",
+                encoding="utf-8",
+            )
         if broken := list(dead_links(self.folder)):
             raise ValueError("\n".join([f"{len(broken)} links lead nowhere:", *broken]))
         old = output.with_name(f".{output.name}.old-{os.getpid()}")
@@ -132,10 +161,15 @@ def root_of(address: str) -> str:
 
 # %% ../../nbs/10_lab/14_pages.ipynb #e3af59ed
 def aside(output: str | Path) -> Path:
-    """A fresh folder beside `output`, to write pages into. Raises ValueError if what is at `output` was not made by us, and would be lost."""
+    """A fresh folder beside `output`, to write pages into. Raises ValueError if what is at `output` was not made by
+    us, and would be lost.
+    """
     output = Path(output).resolve()
     if output.exists() and not (output / _MADE).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} holds something that was not made by ddil and would be replaced: choose a new folder with --output")
+        raise ValueError(
+            f"{output} holds something that was not made by ddil and would be "
+            f"replaced: choose a new folder with --output"
+        )
     folder = output.with_name(f".{output.name}.writing-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     return folder
@@ -159,7 +193,9 @@ class _Anchors(HTMLParser):
 
 
 def dead_links(folder: Path) -> Iterator[str]:
-    """Every link of the pages in `folder` that leads to no file or no place in it, or that a browser would fetch from elsewhere."""
+    """Every link of the pages in `folder` that leads to no file or no place in it, or that a browser would fetch
+    from elsewhere.
+    """
     pages = {path.resolve(): _Anchors(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
     for path, page in pages.items():
         for tag, link in page.links:
@@ -197,7 +233,11 @@ class _Markdown(IPythonRenderer):
         path = (self.base / unquote(file)).resolve()
         if path in self.book.sources:
             return self.root + self.book.sources[path] + mark + place
-        return self.root + self.book.picture(path.read_bytes(), path.suffix) if path.is_file() and path.suffix in (".png", ".jpg", ".svg", ".gif") else None
+        return (
+            self.root + self.book.picture(path.read_bytes(), path.suffix)
+            if path.is_file() and path.suffix in (".png", ".jpg", ".svg", ".gif")
+            else None
+        )
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
         address = self.resolved(url)
@@ -212,25 +252,45 @@ class _Markdown(IPythonRenderer):
     def heading(self, text: str, level: int, **_: Any) -> str:
         place = slug(text)
         taken = [known for _, _, known in self.sections]
-        place = place if place not in taken else f"{place}-{sum(known.rpartition('-')[0] == place or known == place for known in taken) + 1}"
+        place = (
+            place
+            if place not in taken
+            else f"{place}-{sum(known.rpartition('-')[0] == place or known == place for known in taken) + 1}"
+        )
         self.sections.append((level, html.unescape(re.sub(r"<[^>]+>", "", text)), place))
-        return f'<h{level} id="{place}">{text}<a class="anchor" href="#{place}" aria-label="Link to this place">#</a></h{level}>\n'
+        return (
+            f'<h{level} id="{place}">{text}<a class="anchor" href="#{place}" aria-label="Link to this '
+            f'place">#</a></h{level}>\n'
+        )
 
     def codespan(self, text: str) -> str:
         shown = f"<code>{html.escape(text, quote=False)}</code>"
         if not re.fullmatch(r"[\w./-]+", text):
             return shown
-        meant = [self.book.sources.get((folder / (text + ending)).resolve()) for folder in (self.base, self.base.parent) for ending in ("", ".ipynb")]
+        meant = [
+            self.book.sources.get((folder / (text + ending)).resolve())
+            for folder in (self.base, self.base.parent)
+            for ending in ("", ".ipynb")
+        ]
         address = next(filter(None, [self.book.stems.get(text), *meant]), None)
         return f'<a href="{self.root}{address}">{shown}</a>' if address else shown
 
     def table(self, text: str) -> str:
-        return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table class="prose-table">\n{text}</table></div>\n'
+        return (
+            f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table '
+            f'class="prose-table">\n{text}</table></div>\n'
+        )
 
     def table_cell(self, text: str, align: str | None = None, head: bool = False) -> str:
         numbered = {stem.partition("_")[0]: address for stem, address in self.book.stems.items()}
         if re.fullmatch(r"(<code>\d\d[a-z]?</code>[, …]*)+", text):  # a cell of numbers of notebooks
-            text = re.sub(r"<code>(\w+)</code>", lambda found: f'<a href="{self.root}{numbered[found[1]]}">{found[0]}</a>' if found[1] in numbered else found[0], text)
+            text = re.sub(
+                r"<code>(\w+)</code>",
+                lambda found: (
+                    f'<a href="{self.root}{numbered[found[1]]}">{found[0]}</a>' if found[1] in numbered else found[0]
+                ),
+                text,
+            )
         kind, style = "th" if head else "td", f' style="text-align:{align}"' if align else ""
         return f"  <{kind}{style}>{text}</{kind}>\n"
 
@@ -249,7 +309,9 @@ def _table_html(content: str) -> str:
     import bleach
 
     content = re.sub(r"(?s)<(style|script)\b.*?</\1>", "", content)
-    return f'<div class="scroll">{bleach.clean(content, tags={"table", "thead", "tbody", "tr", "th", "td", "p", "b", "i", "code", "pre", "br", "sub", "sup"}, attributes=["colspan", "rowspan"], strip=True)}</div>'
+    tags = {"table", "thead", "tbody", "tr", "th", "td", "p", "b", "i", "code", "pre", "br", "sub", "sup"}
+    clean = bleach.clean(content, tags=tags, attributes=["colspan", "rowspan"], strip=True)
+    return f'<div class="scroll">{clean}</div>'
 
 
 def _output(output: dict[str, Any], markdown: MarkdownWithMath, alt: str) -> str | None:
@@ -259,27 +321,41 @@ def _output(output: dict[str, Any], markdown: MarkdownWithMath, alt: str) -> str
         return None if output.get("name") == "stderr" or not text.strip() else f"<pre>{ansi2html(text.rstrip())}</pre>"
     if output["output_type"] == "error":
         return f"<pre>{ansi2html(chr(10).join(output['traceback']))}</pre>"
-    data = {kind: content if isinstance(content, (str, dict)) else "".join(content) for kind, content in output.get("data", {}).items()}
+    data = {
+        kind: content if isinstance(content, (str, dict)) else "".join(content)
+        for kind, content in output.get("data", {}).items()
+    }
     renderer = markdown.renderer
     if "text/markdown" in data:
         return markdown.render(data["text/markdown"])
     for kind, suffix in (("image/svg+xml", ".svg"), ("image/png", ".png"), ("image/jpeg", ".jpg")):
         if kind in data:
             content = data[kind].encode() if suffix == ".svg" else base64.b64decode(data[kind])
-            return f'<img src="{renderer.root}{renderer.book.picture(content, suffix)}" alt="{html.escape(alt)}" loading="lazy">'
+            return (
+                f'<img src="{renderer.root}{renderer.book.picture(content, suffix)}" alt="{html.escape(alt)}" '
+                f'loading="lazy">'
+            )
     if "text/html" in data:
-        return data["text/html"] if data["text/html"].startswith(('<math', '<div class="formula"')) else _table_html(data["text/html"])
+        return (
+            data["text/html"]
+            if data["text/html"].startswith(("<math", '<div class="formula"'))
+            else _table_html(data["text/html"])
+        )
     if "text/latex" in data:
         return formula(data["text/latex"].strip("$ \n"), block=True)
     widget = "application/vnd.jupyter.widget-view+json" in data
     return f"<pre>{ansi2html(data['text/plain'])}</pre>" if "text/plain" in data and not widget else None
 
 # %% ../../nbs/10_lab/14_pages.ipynb #4adea71a
-_QUOTE = re.compile(r"^((?!>|```)\S.*)\n(?=> )", re.M)  # a quotation right under a paragraph, which mistune would take for a part of it
+_QUOTE = re.compile(
+    r"^((?!>|```)\S.*)\n(?=> )", re.M
+)  # a quotation right under a paragraph, which mistune would take for a part of it
 
 
 def notebook_cells(path: Path, book: Book, address: str) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
-    """The cells of a notebook for its page, and its headings (level, text, place). Raises ValueError for what is not a notebook."""
+    """The cells of a notebook for its page, and its headings (level, text, place). Raises ValueError for what is
+    not a notebook.
+    """
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError, TypeError) as error:
@@ -289,7 +365,9 @@ def notebook_cells(path: Path, book: Book, address: str) -> tuple[list[dict[str,
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            made.append({"kind": "text", "html": Markup(markdown.render(_QUOTE.sub(r"\1\n\n", source))), "source": source})
+            made.append(
+                {"kind": "text", "html": Markup(markdown.render(_QUOTE.sub(r"\1\n\n", source))), "source": source}
+            )
         elif cell["cell_type"] == "code" and not re.search(r"^#\s*\|\s*hide\b", source, re.M):
             exported = bool(re.search(r"^#\s*\|\s*export", source, re.M))
             source = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M).strip()
@@ -302,7 +380,14 @@ def notebook_cells(path: Path, book: Book, address: str) -> tuple[list[dict[str,
 
 def heading_of(path: Path) -> tuple[str, str]:
     """Title and one-sentence summary of a notebook: its first heading, and the quotation under it (or nothing)."""
-    text = next(("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"), "")
+    text = next(
+        (
+            "".join(cell["source"])
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+            if cell["cell_type"] == "markdown"
+        ),
+        "",
+    )
     title, lead = re.search(r"^#\s+(.+)$", text, re.M), re.search(r"^>\s*(.+)$", text, re.M)
     return title[1].strip() if title else path.stem, lead[1].strip().replace("`", "") if lead else ""
 
@@ -328,10 +413,31 @@ def _search_entries(cells: list[dict[str, Any]], title: str, address: str) -> li
             texts[-1].append(_plain(text))
     return [{**entry, "text": re.sub(r"\s+", " ", " ".join(parts)).strip()} for entry, parts in zip(entries, texts)]
 
-
-def write_notebook(book: Book, path: Path, address: str, before: tuple[str, str] | None = None, after: tuple[str, str] | None = None, source: str = "", doors: Sequence[tuple[str, str, str]] = ()) -> None:
-    """Write the page of a notebook into `book`, and enter it for the search. `source`: a line about where it comes from; `doors`: (name, address, what is there) to show under its title. Raises ValueError for what is not a notebook."""
+# %% ../../nbs/10_lab/14_pages.ipynb #01f388d2
+def write_notebook(
+    book: Book,
+    path: Path,
+    address: str,
+    before: tuple[str, str] | None = None,
+    after: tuple[str, str] | None = None,
+    source: str = "",
+    doors: Sequence[tuple[str, str, str]] = (),
+) -> None:
+    """Write the page of a notebook into `book`, and enter it for the search. `source`: a line about where it comes
+    from; `doors`: (name, address, what is there) to show under its title. Raises ValueError for what is not a
+    notebook.
+    """
     cells, sections = notebook_cells(path, book, address)
     title = heading_of(path)[0]
-    book.write(address, title, "notebook.html", before, after, cells=cells, source=source, doors=doors, sections=[(name, place) for level, name, place in sections if level == 2])
+    book.write(
+        address,
+        title,
+        "notebook.html",
+        before,
+        after,
+        cells=cells,
+        source=source,
+        doors=doors,
+        sections=[(name, place) for level, name, place in sections if level == 2],
+    )
     book.entries += _search_entries(cells, title, address)

@@ -38,7 +38,9 @@ def one_of(*choices: Any) -> Any:
 
 
 def checked(kind: Any, check: Callable[[Any], Any], allowed: str = "") -> Any:
-    """A kind with a check of its own, which returns the value or raises ValueError; `allowed` says it in a few words."""
+    """A kind with a check of its own, which returns the value or raises ValueError; `allowed` says it in a few
+    words.
+    """
     return Annotated[(kind, AfterValidator(check), *([allowed] if allowed else []))]
 
 # %% ../../nbs/10_lab/03_parameters.ipynb #a57e1ef7
@@ -54,12 +56,16 @@ def _halving(steps: list[int]) -> list[int]:
     for before, after in pairwise(steps):
         if before != 2 * after:
             remedy = f"write {before // 2} after {before}" if before % 2 == 0 else f"{before} has no half: end with it"
-            raise ValueError(f"must be steps, each half of the one before, and {after} is not half of {before}: {remedy}")
+            raise ValueError(
+                f"must be steps, each half of the one before, and {after} is not half of {before}: {remedy}"
+            )
     return steps
 
 
 def whole_list(minimum: int = 1, distinct: bool = False, empty: bool = False) -> Any:
-    """The kind of a list of whole numbers of at least `minimum`; each different if `distinct`; none if `empty` allows it."""
+    """The kind of a list of whole numbers of at least `minimum`; each different if `distinct`; none if `empty`
+    allows it.
+    """
     kind = Annotated[list[whole(minimum)], Field(min_length=0 if empty else 1)]
     return checked(kind, _distinct) if distinct else kind
 
@@ -71,6 +77,7 @@ def halving_steps() -> Any:
 # %% ../../nbs/10_lab/03_parameters.ipynb #ba5e0002
 def names_of(known: list[str]) -> Any:
     """The kind of a choice of names, separated by commas, or "all" for all that are `known`."""
+
     def choose(names: list[str]) -> list[str]:
         if names == ["all"]:
             return list(known)
@@ -78,11 +85,15 @@ def names_of(known: list[str]) -> Any:
             if name not in known:
                 raise ValueError(f"there is no {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
         return names
+
     return checked(Annotated[list[str], Field(min_length=1)], choose, f"all, or some of {', '.join(known)}")
 
 # %% ../../nbs/10_lab/03_parameters.ipynb #1ae48aad
 def existing_folder_or(*choices: str) -> Any:
-    """The kind of one of `choices`, such as "digits", or of a folder's path. A path (with a slash) to no folder is Absent."""
+    """The kind of one of `choices`, such as "digits", or of a folder's path. A path (with a slash) to no folder is
+    Absent.
+    """
+
     def find(value: Any) -> str:
         if str(value) in choices or (str(value) and Path(value).expanduser().is_dir()):
             return str(value) if str(value) in choices else str(Path(value).expanduser())
@@ -90,6 +101,7 @@ def existing_folder_or(*choices: str) -> Any:
         kind = Absent if "/" in str(value) else ValueError  # a word without a slash is rather a choice misspelt
         remedy = f"{did_you_mean(value, choices)}; paths are relative to {Path.cwd()}"
         raise kind(f"must be {known}a folder that exists{remedy}")
+
     return Annotated[str, BeforeValidator(find), ", ".join([*choices, "or a folder"] if choices else ["a folder"])]
 
 # %% ../../nbs/10_lab/03_parameters.ipynb #1ae48aae
@@ -126,9 +138,11 @@ def _may_be_injected(name: str, value: Any, known: Mapping[str, Any]) -> bool:
 
 
 def check_parameters(names: Mapping[str, Any], spec: type[Form] | Mapping[str, Any]) -> Form:
-    """The checked parameters of a papermill notebook: check_parameters(globals(), {"updates": whole(), …}), in its first cell.
+    """The checked parameters of a papermill notebook: check_parameters(globals(), {"updates": whole(), …}), in its
+    first cell.
 
-    `spec`: a form, or the kinds of the parameters by name. Raises UnusableValues, a ValueError that lists all that is wrong.
+    `spec`: a form, or the kinds of the parameters by name. Raises UnusableValues, a ValueError that lists all that is
+    wrong.
     """
     if not isinstance(spec, type):
         spec = create_model("Parameters", __base__=Form, **{name: (kind, ...) for name, kind in spec.items()})
@@ -168,6 +182,16 @@ def command_line(notebook: str | Path, parameters: Mapping[str, Any] | Form) -> 
     """
     values = parameters.model_dump() if isinstance(parameters, Form) else dict(parameters)
     folder = str(values.get("output") or f"runs/{Path(notebook).stem}")
-    words = ["python", "-m", "papermill", str(notebook), f"{folder}/{Path(notebook).name}", "--kernel", "python3", "--cwd", "."]
+    words = [
+        "python",
+        "-m",
+        "papermill",
+        str(notebook),
+        f"{folder}/{Path(notebook).name}",
+        "--kernel",
+        "python3",
+        "--cwd",
+        ".",
+    ]
     words += [word for name, value in values.items() for word in _papermill_option(name, value)]
     return f"mkdir -p {shlex.quote(folder)} && {shlex.join(words)}"

@@ -25,7 +25,11 @@ __all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check_batches']
 
 # %% ../../nbs/10_lab/08_precheck.ipynb #abb66cb2
 def _calls_the_check(node: ast.AST) -> bool:
-    names = (getattr(call.func, "attr", getattr(call.func, "id", "")) for call in ast.walk(node) if isinstance(call, ast.Call))
+    names = (
+        getattr(call.func, "attr", getattr(call.func, "id", ""))
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call)
+    )
     return "check_parameters" in names
 
 
@@ -39,7 +43,9 @@ def _checked_part(source: str) -> Iterator[ast.stmt]:
 
 
 def dry_run(cells: Sequence[tuple[str, list[str]]], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the parameters, and the check, of a notebook. Returns the names that it leaves. Raises what the check raises."""
+    """Run the parameters, and the check, of a notebook. Returns the names that it leaves. Raises what the check
+    raises.
+    """
     names: dict[str, Any] = {"__name__": "__main__"}
     checked = False
     for source, tags in cells:
@@ -69,29 +75,49 @@ _KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), 
 
 
 def _verdict(notebook: str, parameters: Mapping[str, Any]) -> dict[str, list]:
-    """What the notebook says of the parameters: {"wrong": […], "absent": […], "plans": […]}, plans being those of text-to-image models that it builds."""
+    """What the notebook says of the parameters: {"wrong": […], "absent": […], "plans": […]}, plans being those of
+    text-to-image models that it builds.
+    """
     cells = code_cells(notebook)
     if not any(_calls_the_check(ast.parse(source)) for source, tags in cells if "check_parameters" in source):
         declared = declared_parameters(notebook)
-        misfit = lambda name, value: isinstance(value, bool) != (declared[name] == "bool") or not isinstance(value, _KINDS[declared[name]])
-        return {"wrong": [f"{name} = {value!r} must be of the kind {declared[name]}" for name, value in parameters.items() if declared.get(name) in _KINDS and misfit(name, value)], "absent": [], "plans": []}
+        misfit = lambda name, value: (
+            isinstance(value, bool) != (declared[name] == "bool") or not isinstance(value, _KINDS[declared[name]])
+        )
+        return {
+            "wrong": [
+                f"{name} = {value!r} must be of the kind {declared[name]}"
+                for name, value in parameters.items()
+                if declared.get(name) in _KINDS and misfit(name, value)
+            ],
+            "absent": [],
+            "plans": [],
+        }
     try:
         names = dry_run(cells, parameters)
     except UnusableValues as error:
         return {"wrong": error.wrong, "absent": error.absent, "plans": []}
     except Exception as error:  # whatever a notebook raises is about this run alone
-        return {"wrong": [str(error) if isinstance(error, ValueError) else f"the check stops with {type(error).__name__}: {error}"], "absent": [], "plans": []}
+        return {
+            "wrong": [
+                str(error) if isinstance(error, ValueError) else f"the check stops with {type(error).__name__}: {error}"
+            ],
+            "absent": [],
+            "plans": [],
+        }
     plans = names.get("plans")
     written = [plan.flat() for plan in plans.values() if hasattr(plan, "flat")] if isinstance(plans, dict) else []
     return {"wrong": [], "absent": [], "plans": written}
 
-
+# %% ../../nbs/10_lab/08_precheck.ipynb #59648b63
 def verdicts(runs: Sequence[Run]) -> list[dict[str, list]]:
     """What their notebooks say of all runs, asked in one process of its own."""
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place) / "request.json", Path(place) / "answer.json"
         request.write_text(json.dumps([[str(run.notebook), run.parameters] for run in runs]))
-        done = subprocess.run([sys.executable, "-m", "ddil.lab.precheck", str(request), str(answer)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ddil.lab.precheck", str(request), str(answer)], capture_output=True, text=True
+        )
         if not answer.exists():
             raise RuntimeError(f"the check of the parameters did not come to an end:\n{done.stderr}")
         return json.loads(answer.read_text())
@@ -104,7 +130,9 @@ if __name__ == "__main__" and "__file__" in globals():  # started by `verdicts`;
 # %% ../../nbs/10_lab/08_precheck.ipynb #550e483a
 @dataclass(frozen=True)
 class Checked:
-    """Batches that passed the check; by a run's folder: what is `missing` on this machine, and the `plans` of text-to-image models."""
+    """Batches that passed the check; by a run's folder: what is `missing` on this machine, and the `plans` of
+    text-to-image models.
+    """
 
     batches: tuple[Batch, ...]
     missing: dict[Path, list[str]]
@@ -127,7 +155,13 @@ def named_paths(value: Any) -> Iterator[str]:
 def _missing(run: Run, absent: Sequence[str]) -> list[str]:
     """What the parameters name and is not here, save what other runs will make."""
     hub = {"model"} if run.parameters.get("revision") else set()  # a revision belongs to the id of a model on a hub
-    named = [(name, path) for name, value in run.parameters.items() if name != "output" and name not in hub for path in named_paths(value) if not Path(path).expanduser().exists()]
+    named = [
+        (name, path)
+        for name, value in run.parameters.items()
+        if name != "output" and name not in hub
+        for path in named_paths(value)
+        if not Path(path).expanduser().exists()
+    ]
     made = tuple(map(str, run.requires))
     lines = [f"{name} = {path}" for name, path in named if not path.startswith(made or ("\0",))]
     return lines + [line for line in absent if not any(f"'{path}'" in line for _, path in named)]
@@ -136,13 +170,29 @@ def _missing(run: Run, absent: Sequence[str]) -> list[str]:
 def check_batches(paths: Sequence[str | Path], folder: str | Path | None = None) -> Checked:
     """Read and check batch files. Raises BatchError that lists all that is wrong with all runs of all of them."""
     if folder is not None and len(paths) > 1:
-        raise BatchError(["--folder is the folder of one batch: give one file, or leave it out (then each has runs/NAME)"])
+        raise BatchError(
+            ["--folder is the folder of one batch: give one file, or leave it out (then each has runs/NAME)"]
+        )
     read = [read_batch(path, folder) for path in paths]
     batches, problems = tuple(batch for batch, _ in read), [line for _, lines in read for line in lines]
-    problems += [f"{count} files have the name {name}: a batch's folder is runs/NAME" for name, count in Counter(batch.name for batch in batches).items() if count > 1]
+    problems += [
+        f"{count} files have the name {name}: a batch's folder is runs/NAME"
+        for name, count in Counter(batch.name for batch in batches).items()
+        if count > 1
+    ]
     runs = [(batch, run) for batch in batches for run in batch.runs]
     said = verdicts([run for _, run in runs]) if runs else []
-    problems += [f"{path}: run {run.name}: {line}" for path, batch in zip(paths, batches) for (owner, run), verdict in zip(runs, said) if owner is batch for line in verdict["wrong"]]
+    problems += [
+        f"{path}: run {run.name}: {line}"
+        for path, batch in zip(paths, batches)
+        for (owner, run), verdict in zip(runs, said)
+        if owner is batch
+        for line in verdict["wrong"]
+    ]
     if problems:
         raise BatchError(dict.fromkeys(problems))
-    return Checked(batches, {run.folder: _missing(run, verdict["absent"]) for (_, run), verdict in zip(runs, said)}, {run.folder: verdict["plans"] for (_, run), verdict in zip(runs, said)})
+    return Checked(
+        batches,
+        {run.folder: _missing(run, verdict["absent"]) for (_, run), verdict in zip(runs, said)},
+        {run.folder: verdict["plans"] for (_, run), verdict in zip(runs, said)},
+    )

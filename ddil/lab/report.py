@@ -17,7 +17,18 @@ from typing import Any
 
 import pandas as pd
 
-from .collate import MetricTable, as_csv, collate, find_results, latex, markdown, one_table, protocols_apart, run_names, tables
+from ddil.lab.collate import (
+    MetricTable,
+    as_csv,
+    collate,
+    find_results,
+    latex,
+    markdown,
+    one_table,
+    protocols_apart,
+    run_names,
+    tables,
+)
 from .figures import against_cost, against_steps, png, sweeps
 from ..files import write_text
 from .pages import Book, aside, heading_of, slug, write_notebook
@@ -35,7 +46,9 @@ _PICTURES = (".png", ".jpg", ".svg")
 
 @dataclass(frozen=True)
 class ShownRun:
-    """The folder of one results.json: its name among the others, its experiment and command, its executed notebooks with the addresses of their pages, its pictures."""
+    """The folder of one results.json: its name among the others, its experiment and command, its executed notebooks
+    with the addresses of their pages, its pictures.
+    """
 
     name: str
     experiment: str
@@ -46,19 +59,40 @@ class ShownRun:
 
     def shown(self, book: Book, pictures: Sequence[Path]) -> list[dict[str, str]]:
         """Pictures for a page: address, caption, command."""
-        return [{"address": book.picture(file.read_bytes(), file.suffix), "caption": f"{re.sub('[-_]', ' ', file.stem)} ({self.name})", "command": self.command} for file in pictures]
+        return [
+            {
+                "address": book.picture(file.read_bytes(), file.suffix),
+                "caption": f"{re.sub('[-_]', ' ', file.stem)} ({self.name})",
+                "command": self.command,
+            }
+            for file in pictures
+        ]
 
-
+# %% ../../nbs/10_lab/15_report.ipynb #63bc5235
 def runs_of(paths: Sequence[Path], prefix: str) -> list[ShownRun]:
-    """The runs of results files, whose pages get addresses that begin with `prefix`. Raises ValueError naming a damaged file."""
+    """The runs of results files, whose pages get addresses that begin with `prefix`. Raises ValueError naming a
+    damaged file.
+    """
     made = []
     for path, name in zip(paths, run_names(paths)):
         results, found = read_results(path), sorted(path.parent.iterdir())
         notebooks = [file.resolve() for file in found if file.suffix == ".ipynb"]
         pictures = [file for file in found if file.suffix in _PICTURES]
-        addresses = {file: f"{prefix}notebooks/{slug(name)}{'-' + slug(file.stem) if len(notebooks) > 1 else ''}.html" for file in notebooks}
+        addresses = {
+            file: f"{prefix}notebooks/{slug(name)}{'-' + slug(file.stem) if len(notebooks) > 1 else ''}.html"
+            for file in notebooks
+        }
         samples = [file for file in pictures if file.stem.startswith(_SAMPLES)]
-        made.append(ShownRun(name, results["experiment"], results["command"], addresses, samples, [file for file in pictures if file not in samples]))
+        made.append(
+            ShownRun(
+                name,
+                results["experiment"],
+                results["command"],
+                addresses,
+                samples,
+                [file for file in pictures if file not in samples],
+            )
+        )
     return made
 
 # %% ../../nbs/10_lab/15_report.ipynb #8fd521b4
@@ -66,7 +100,9 @@ def _drawn(book: Book, picture: Picture, caption: str, command: str) -> dict[str
     return {"address": book.picture(png(picture)), "caption": caption, "command": command}
 
 
-def _table_parts(book: Book, table: MetricTable, others: Sequence[MetricTable], command: str, place: str) -> dict[str, Any]:
+def _table_parts(
+    book: Book, table: MetricTable, others: Sequence[MetricTable], command: str, place: str
+) -> dict[str, Any]:
     """What a page shows of a table: its cells, differences, curves."""
     drawn = [("the number of steps", picture)] if (picture := against_steps(table)) else []
     drawn += [costly] if (costly := against_cost(table, others)) else []
@@ -79,9 +115,13 @@ def _places(own: Sequence[MetricTable]) -> list[str]:
     names = [slug(table.metric) for table in own]
     return [name if names.index(name) == i else f"{name}-{i}" for i, name in enumerate(names)]
 
-
-def experiment_page(book: Book, prefix: str, own: Sequence[MetricTable], runs: Sequence[ShownRun], apart: Sequence[str], again: str) -> str:
-    """Write the page and the tables of one experiment, and return its address. `apart`: what keeps its tables from being one; `again`: the command that draws it."""
+# %% ../../nbs/10_lab/15_report.ipynb #be9e7328
+def experiment_page(
+    book: Book, prefix: str, own: Sequence[MetricTable], runs: Sequence[ShownRun], apart: Sequence[str], again: str
+) -> str:
+    """Write the page and the tables of one experiment, and return its address. `apart`: what keeps its tables from
+    being one; `again`: the command that draws it.
+    """
     name = own[0].experiment
     notebooks = [(run.name, path, address) for run in runs for path, address in run.notebooks.items()]
     title, lead = heading_of(notebooks[0][1]) if notebooks else (name, "")
@@ -90,19 +130,40 @@ def experiment_page(book: Book, prefix: str, own: Sequence[MetricTable], runs: S
     write_text(book.folder / f"{files}.md", f"## {name}\n\n" + "\n".join(map(markdown, own)))
     write_text(book.folder / f"{files}.tex", "% needs \\usepackage{booktabs}\n" + "\n".join(map(latex, own)))
     write_text(book.folder / f"{files}.csv", as_csv(own))
-    book.write(f"{prefix}{slug(name)}.html", title, "experiment.html", lead=lead, apart=apart, overview=f"{prefix}index.html", files=files,
-               notebooks=[(run, address) for run, _, address in notebooks], commands=[(run.name, run.command) for run in runs],
-               strips=[one for run in runs for one in run.shown(book, run.samples)], figures=[one for run in runs for one in run.shown(book, run.pictures)],
-               tables=[_table_parts(book, table, own, measured, place) for table, place in zip(own, _places(own))],
-               swept=[_drawn(book, picture, f"{metric} against {variable}", measured) for metric, variable, picture in sweeps(own)])
+    book.write(
+        f"{prefix}{slug(name)}.html",
+        title,
+        "experiment.html",
+        lead=lead,
+        apart=apart,
+        overview=f"{prefix}index.html",
+        files=files,
+        notebooks=[(run, address) for run, _, address in notebooks],
+        commands=[(run.name, run.command) for run in runs],
+        strips=[one for run in runs for one in run.shown(book, run.samples)],
+        figures=[one for run in runs for one in run.shown(book, run.pictures)],
+        tables=[_table_parts(book, table, own, measured, place) for table, place in zip(own, _places(own))],
+        swept=[
+            _drawn(book, picture, f"{metric} against {variable}", measured) for metric, variable, picture in sweeps(own)
+        ],
+    )
     return f"{prefix}{slug(name)}.html"
 
 # %% ../../nbs/10_lab/15_report.ipynb #a188cc81
 def _summary(name: str, address: str, rows: pd.DataFrame, runs: int) -> dict[str, Any]:
     """A line of the overview."""
     counts, arms = sorted(rows["n"].unique()), rows[~rows["paired"]]
-    return {"name": name, "address": address, "runs": runs, "arms": arms["label"].nunique(), "metrics": rows["metric"].nunique(), "rows": len(rows), "most": counts[-1],
-            "seeds": f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0]), "version": ", ".join(rows["version"].unique())}
+    return {
+        "name": name,
+        "address": address,
+        "runs": runs,
+        "arms": arms["label"].nunique(),
+        "metrics": rows["metric"].nunique(),
+        "rows": len(rows),
+        "most": counts[-1],
+        "seeds": f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0]),
+        "version": ", ".join(rows["version"].unique()),
+    }
 
 
 def _gallery(book: Book, run: ShownRun, alone: bool) -> list[dict[str, Any]]:
@@ -112,12 +173,22 @@ def _gallery(book: Book, run: ShownRun, alone: bool) -> list[dict[str, Any]]:
         write_notebook(book, path, address, source=f"Executed notebook of the run {run.name}")
         title, lead = heading_of(path)
         thumb = next(iter([*run.samples, *run.pictures]), None)
-        cards.append({"title": title if alone else f"{title} ({run.name})", "lead": lead, "address": address, "thumb": thumb and book.picture(thumb.read_bytes(), thumb.suffix)})
+        cards.append(
+            {
+                "title": title if alone else f"{title} ({run.name})",
+                "lead": lead,
+                "address": address,
+                "thumb": thumb and book.picture(thumb.read_bytes(), thumb.suffix),
+            }
+        )
     return cards
 
 # %% ../../nbs/10_lab/15_report.ipynb #4155f3fb
-def results_pages(book: Book, prefix: str, paths: Sequence[Path], again: str, against: str | None = None, title: str = "Results") -> list[str]:
-    """Write the pages of results files into `book`, with addresses that begin with `prefix`; returns what keeps tables apart.
+def results_pages(
+    book: Book, prefix: str, paths: Sequence[Path], again: str, against: str | None = None, title: str = "Results"
+) -> list[str]:
+    """Write the pages of results files into `book`, with addresses that begin with `prefix`; returns what keeps tables
+    apart.
 
     `again`: the command that does this; `against`: as for `paired_rows`. Raises ValueError naming a damaged file.
     """
@@ -125,34 +196,64 @@ def results_pages(book: Book, prefix: str, paths: Sequence[Path], again: str, ag
     made, apart, experiments, gallery = tables(frame, against), protocols_apart(frame), [], []
     for name, rows in frame.groupby("experiment", sort=False):
         own = [run for run in runs if run.experiment == name]
-        address = experiment_page(book, prefix, [table for table in made if table.experiment == name], own, [line for line in apart if line.startswith(f"{name}: ")], again)
+        address = experiment_page(
+            book,
+            prefix,
+            [table for table in made if table.experiment == name],
+            own,
+            [line for line in apart if line.startswith(f"{name}: ")],
+            again,
+        )
         experiments.append(_summary(name, address, rows, len(own)))
         gallery += [card for run in own for card in _gallery(book, run, len(own) == 1)]
     write_text(book.folder / f"{prefix}results.csv", as_csv(made))
-    lead = f"{len(paths)} run{'s' * (len(paths) > 1)} of {len(experiments)} experiment{'s' * (len(experiments) > 1)}: {len(frame)} rows with intervals, each measured by a protocol that stands beneath its table."
-    book.write(f"{prefix}index.html", title, "results.html", lead=lead, apart=apart, experiments=experiments, gallery=gallery,
-               strips=[one for run in runs for one in run.shown(book, run.samples)], csv=f"{prefix}results.csv")
+    lead = (
+        f"{len(paths)} run{'s' * (len(paths) > 1)} of {len(experiments)} "
+        f"experiment{'s' * (len(experiments) > 1)}: {len(frame)} rows with intervals, each measured by a "
+        f"protocol that stands beneath its table."
+    )
+    book.write(
+        f"{prefix}index.html",
+        title,
+        "results.html",
+        lead=lead,
+        apart=apart,
+        experiments=experiments,
+        gallery=gallery,
+        strips=[one for run in runs for one in run.shown(book, run.samples)],
+        csv=f"{prefix}results.csv",
+    )
     return apart
 
-
+# %% ../../nbs/10_lab/15_report.ipynb #121f4780
 def results_menu(paths: Sequence[Path], prefix: str) -> tuple[list[tuple[str, str]], dict[Path, str]]:
     """(name, address) of the pages that `results_pages` will write, and which files and folders they stand for."""
     runs = runs_of(paths, prefix)
     names = dict.fromkeys(run.experiment for run in runs)
-    sources = {path: address for run in runs for path, address in run.notebooks.items()} | {path.parent: f"{prefix}{slug(run.experiment)}.html" for path, run in zip(paths, runs)}
-    return [("All results", f"{prefix}index.html"), *((name.replace("_", " "), f"{prefix}{slug(name)}.html") for name in names)], sources
+    sources = {path: address for run in runs for path, address in run.notebooks.items()} | {
+        path.parent: f"{prefix}{slug(run.experiment)}.html" for path, run in zip(paths, runs)
+    }
+    return [
+        ("All results", f"{prefix}index.html"),
+        *((name.replace("_", " "), f"{prefix}{slug(name)}.html") for name in names),
+    ], sources
 
 # %% ../../nbs/10_lab/15_report.ipynb #f24a3f27
-def write_report(folders: Sequence[str | Path], output: str | Path = "runs/report", against: str | None = None) -> tuple[Path, list[str]]:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path = "runs/report", against: str | None = None
+) -> tuple[Path, list[str]]:
     """Collate the results below `folders` into pages at `output`; returns its index.html, and what keeps tables apart.
 
-    Raises FileNotFoundError where there are no results, ValueError for a damaged file, or an `output` that holds something else.
+    Raises FileNotFoundError where there are no results, ValueError for a damaged file, or an `output` that holds
+    something else.
     """
     paths, place = find_results(folders), aside(output)
     menu, sources = results_menu(paths, "")
     try:
         book = Book(place, "Results", [("", menu)], sources)
-        apart = results_pages(book, "", paths, shlex.join(["ddil", "report", *map(str, folders), "--output", str(output)]), against)
+        apart = results_pages(
+            book, "", paths, shlex.join(["ddil", "report", *map(str, folders), "--output", str(output)]), against
+        )
         book.finish(Path(output).resolve())
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -161,14 +262,28 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "runs/repor
 # %% ../../nbs/10_lab/15_report.ipynb #c92083df
 def report_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil report`."""
-    command.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with a results.json, or with such folders")
+    command.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="a folder with a results.json, or with such folders"
+    )
     command.add_argument("--output", default="runs/report", help="where the pages go (default: %(default)s)")
-    command.add_argument("--against", metavar="ARM", help='compare every arm with this one, paired over seeds (default: "X + Y" with "X")')
-    command.add_argument("--metric", help="only print one table of this metric over all folders; refused where protocols differ")
-    command.add_argument("--form", choices=list(_FORMS), default="markdown", help="of the table of --metric (default: %(default)s)")
+    command.add_argument(
+        "--against",
+        metavar="ARM",
+        help='compare every arm with this one, paired over seeds (default: "X + Y" with "X")',
+    )
+    command.add_argument(
+        "--metric", help="only print one table of this metric over all folders; refused where protocols differ"
+    )
+    command.add_argument(
+        "--form", choices=list(_FORMS), default="markdown", help="of the table of --metric (default: %(default)s)"
+    )
 
 
-_FORMS: dict[str, Callable[[MetricTable], str]] = {"markdown": markdown, "latex": latex, "csv": lambda table: as_csv([table])}
+_FORMS: dict[str, Callable[[MetricTable], str]] = {
+    "markdown": markdown,
+    "latex": latex,
+    "csv": lambda table: as_csv([table]),
+}
 
 
 def report_command(given: argparse.Namespace) -> int:

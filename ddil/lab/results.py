@@ -22,11 +22,21 @@ __all__ = ['row', 'write_results', 'read_results', 'results_table', 'differing_f
 
 # %% ../../nbs/10_lab/05_results.ipynb #f154aacd
 def row(arm: str, steps: int, metric: str, values_per_seed: Mapping[int, float]) -> dict[str, Any]:
-    """A row of results from one value for each seed: mean, 95 % interval (without ends for a single seed), and the values."""
+    """A row of results from one value for each seed: mean, 95 % interval (without ends for a single seed), and the
+    values.
+    """
     estimate = mean_interval(list(values_per_seed.values()))
     ends = [estimate.low, estimate.high] if estimate.n > 1 else [None, None]
-    return {"arm": arm, "steps": steps, "metric": metric, "mean": estimate.mean, "ci95": ends, "seeds": [int(seed) for seed in values_per_seed], "n": estimate.n,
-            "values": [float(value) for value in values_per_seed.values()]}
+    return {
+        "arm": arm,
+        "steps": steps,
+        "metric": metric,
+        "mean": estimate.mean,
+        "ci95": ends,
+        "seeds": [int(seed) for seed in values_per_seed],
+        "n": estimate.n,
+        "values": [float(value) for value in values_per_seed.values()],
+    }
 
 # %% ../../nbs/10_lab/05_results.ipynb #7788bbf5
 _ROW = {"arm": str, "steps": int, "metric": str, "mean": (int, float), "ci95": list, "seeds": list, "n": int}
@@ -37,8 +47,15 @@ _OPTIONAL = {"values": list}
 def _key_problem(entry: Any, form: Mapping[str, Any]) -> str | None:
     """What is wrong with the keys or types of `entry`, which should be like `form`; `_OPTIONAL` keys may be there."""
     if not isinstance(entry, dict) or entry.keys() - _OPTIONAL.keys() != form.keys():
-        return f"must have the keys {', '.join(form)}, not {', '.join(map(str, entry)) if isinstance(entry, dict) else repr(entry)}"
-    wrong = [key for key, kind in {**form, **_OPTIONAL}.items() if key in entry and (not isinstance(entry[key], kind) or isinstance(entry[key], bool))]
+        return (
+            f"must have the keys {', '.join(form)}, not "
+            f"{', '.join(map(str, entry)) if isinstance(entry, dict) else repr(entry)}"
+        )
+    wrong = [
+        key
+        for key, kind in {**form, **_OPTIONAL}.items()
+        if key in entry and (not isinstance(entry[key], kind) or isinstance(entry[key], bool))
+    ]
     return f"has {wrong[0]} = {entry[wrong[0]]!r}, which is of the wrong type" if wrong else None
 
 # %% ../../nbs/10_lab/05_results.ipynb #900bc43e
@@ -50,7 +67,11 @@ def _values_problem(row: Mapping[str, Any]) -> str | None:
     if len(values) != row["n"] or any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
         return f"has the values {values} for {row['n']} seeds: there must be one finite number for each"
     mean = sum(values) / len(values)
-    return None if math.isclose(mean, row["mean"], rel_tol=1e-6, abs_tol=1e-9 * max(map(abs, values))) else f"has the mean {row['mean']}, but its values have {mean}"
+    return (
+        None
+        if math.isclose(mean, row["mean"], rel_tol=1e-6, abs_tol=1e-9 * max(map(abs, values)))
+        else f"has the mean {row['mean']}, but its values have {mean}"
+    )
 
 
 def _row_problem(row: Any, protocol: Mapping[str, Any]) -> str | None:
@@ -58,17 +79,31 @@ def _row_problem(row: Any, protocol: Mapping[str, Any]) -> str | None:
     if problem := _key_problem(row, _ROW):
         return problem
     if row["metric"] not in protocol:
-        return f"has the metric {row['metric']!r} without a protocol: say how it was measured in protocol[{row['metric']!r}]"
+        return (
+            f"has the metric {row['metric']!r} without a protocol: say how it was measured in "
+            f"protocol[{row['metric']!r}]"
+        )
     if not math.isfinite(row["mean"]):
         return f"has the mean {row['mean']}: a run that diverged has no row"
-    if row["steps"] < 1 or row["n"] < 1 or row["n"] != len(set(row["seeds"])) or any(type(seed) is not int for seed in row["seeds"]):
-        return f"has steps = {row['steps']}, n = {row['n']} and seeds {row['seeds']}: steps must be positive, and n the number of different seeds"
+    if (
+        row["steps"] < 1
+        or row["n"] < 1
+        or row["n"] != len(set(row["seeds"]))
+        or any(type(seed) is not int for seed in row["seeds"])
+    ):
+        return (
+            f"has steps = {row['steps']}, n = {row['n']} and seeds {row['seeds']}: steps must be positive, "
+            f"and n the number of different seeds"
+        )
     ends = [math.nan if end is None else end for end in row["ci95"]]
     if len(ends) != 2 or any(type(end) not in (int, float) for end in ends):
         return f"has ci95 = {row['ci95']!r}: it must be [low, high]"
     held = -math.inf < ends[0] <= row["mean"] <= ends[1] < math.inf
     if not (held if row["n"] > 1 else all(map(math.isnan, ends))):
-        return f"has the interval {row['ci95']} for mean {row['mean']} of {row['n']} seeds: it must hold the mean, and be without ends for one seed"
+        return (
+            f"has the interval {row['ci95']} for mean {row['mean']} of {row['n']} seeds: it must hold the "
+            f"mean, and be without ends for one seed"
+        )
     return _values_problem(row)
 
 # %% ../../nbs/10_lab/05_results.ipynb #50d7f3ec
@@ -78,7 +113,10 @@ def _problems(results: Any) -> Iterator[str]:
         yield problem
     for metric, definition in results["protocol"].items():
         if not isinstance(definition, dict) or not definition:
-            yield f"has no protocol for {metric}: it must be a dictionary that says how it was measured, not {definition!r}"
+            yield (
+                f"has no protocol for {metric}: it must be a dictionary that says how it was measured, not "
+                f"{definition!r}"
+            )
     if not results["rows"]:
         yield "has no rows: nothing was measured"
     seen = set()
@@ -97,24 +135,41 @@ def _checked(results: Any, where: str) -> dict[str, Any]:
     return results
 
 # %% ../../nbs/10_lab/05_results.ipynb #28d34eaf
-def write_results(folder: str | Path, experiment: str, protocol: Mapping[str, Mapping[str, Any]], command: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write results.json into `folder`, all of it or nothing, and return its path. Raises ValueError for what is not of the one form."""
-    results = {"experiment": experiment, "protocol": {metric: dict(fields) for metric, fields in protocol.items()}, "command": command,
-               "package_version": __version__, "rows": [dict(entry) for entry in rows]}
+def write_results(
+    folder: str | Path,
+    experiment: str,
+    protocol: Mapping[str, Mapping[str, Any]],
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write results.json into `folder`, all of it or nothing, and return its path. Raises ValueError for what is
+    not of the one form.
+    """
+    results = {
+        "experiment": experiment,
+        "protocol": {metric: dict(fields) for metric, fields in protocol.items()},
+        "command": command,
+        "package_version": __version__,
+        "rows": [dict(entry) for entry in rows],
+    }
     _checked(results, f"results of {experiment}")
     for entry in results["rows"]:
         entry["ci95"] = [None if end is None or math.isnan(end) else end for end in entry["ci95"]]
     try:
         content = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"results of {experiment}: the protocol must be of finite numbers, text, lists and dictionaries ({error})") from None
+        raise ValueError(
+            f"results of {experiment}: the protocol must be of finite numbers, text, lists and dictionaries ({error})"
+        ) from None
     path = Path(folder) / "results.json"
     write_text(path, content)
     return path
 
 # %% ../../nbs/10_lab/05_results.ipynb #99c5c0b8
 def read_results(path: str | Path) -> dict[str, Any]:
-    """The results in a file, or in the results.json of a folder. Raises ValueError that names the file and what is wrong with it."""
+    """The results in a file, or in the results.json of a folder. Raises ValueError that names the file and what is
+    wrong with it.
+    """
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +180,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
 # %% ../../nbs/10_lab/05_results.ipynb #c06a57d5
 def _published_lines(paper: Mapping[str, Mapping[int, float]], digits: int) -> dict[str, dict[int, str]]:
     """Published figures as lines of a table."""
-    return {f"{arm} (paper)": {steps: f"{value:.{digits}f}" for steps, value in values.items()} for arm, values in paper.items()}
+    return {
+        f"{arm} (paper)": {steps: f"{value:.{digits}f}" for steps, value in values.items()}
+        for arm, values in paper.items()
+    }
 
 
 def _note(rows: Sequence[Mapping[str, Any]], metric: str, protocol: Mapping[str, Any], has_paper: bool) -> str:
@@ -137,8 +195,13 @@ def _note(rows: Sequence[Mapping[str, Any]], metric: str, protocol: Mapping[str,
     return f"{metric} ({how}). Mean [95 % interval] over {count}.{paper}"
 
 
-def results_table(results: Mapping[str, Any], metric: str, digits: int = 3, paper: Mapping[str, Mapping[int, float]] | None = None,
-                  unit: str = "step") -> Table:
+def results_table(
+    results: Mapping[str, Any],
+    metric: str,
+    digits: int = 3,
+    paper: Mapping[str, Mapping[int, float]] | None = None,
+    unit: str = "step",
+) -> Table:
     """A table of one metric: a row for each arm, a column for each number of steps (or of another `unit`, such as NFE).
 
     `paper`: published figures {arm: {steps: value}}, in rows marked "(paper)" under our arm of the same name.
@@ -163,17 +226,31 @@ def results_table(results: Mapping[str, Any], metric: str, digits: int = 3, pape
 def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The fields in which two protocols differ, as "samples is 512 and 64"; none if they are the same."""
     told = lambda fields, field: fields.get(field, "not said")
-    return [f"{field} is {told(one, field)} and {told(other, field)}" for field in {**one, **other} if field not in one or field not in other or one[field] != other[field]]
+    return [
+        f"{field} is {told(one, field)} and {told(other, field)}"
+        for field in {**one, **other}
+        if field not in one or field not in other or one[field] != other[field]
+    ]
 
 
 def join_results(*results: Mapping[str, Any]) -> dict[str, Any]:
-    """Several results as one. Raises ValueError, naming the fields, where a metric was measured by different protocols, or where an arm occurs twice."""
+    """Several results as one. Raises ValueError, naming the fields, where a metric was measured by different
+    protocols, or where an arm occurs twice.
+    """
     protocol: dict[str, dict] = {}
     for part in results:
         for metric, fields in part["protocol"].items():
             if differing := differing_fields(protocol.setdefault(metric, fields), fields):
-                raise ValueError(f"{metric} was measured differently in {part['experiment']} and before it, so it cannot share a table: {'; '.join(differing)}. Measure one of them anew")
+                raise ValueError(
+                    f"{metric} was measured differently in {part['experiment']} and before it, so it cannot share "
+                    f"a table: {'; '.join(differing)}. Measure one of them anew"
+                )
     together = lambda key, separator: separator.join(dict.fromkeys(part[key] for part in results))
-    joined = {"experiment": together("experiment", " + "), "protocol": protocol, "command": together("command", "\n"),
-              "package_version": together("package_version", ", "), "rows": [entry for part in results for entry in part["rows"]]}
+    joined = {
+        "experiment": together("experiment", " + "),
+        "protocol": protocol,
+        "command": together("command", "\n"),
+        "package_version": together("package_version", ", "),
+        "rows": [entry for part in results for entry in part["rows"]],
+    }
     return _checked(joined, f"{joined['experiment']} together")

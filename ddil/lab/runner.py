@@ -36,7 +36,11 @@ class Scheduler:
 
     def __init__(self, checked: Checked, executor: Executor, retry: bool = False):
         several = len(checked.batches) > 1
-        self.tasks = [Task(run, batch, name=f"{batch.name}/{run.name}" if several else run.name) for batch in checked.batches for run in batch.runs]
+        self.tasks = [
+            Task(run, batch, name=f"{batch.name}/{run.name}" if several else run.name)
+            for batch in checked.batches
+            for run in batch.runs
+        ]
         self.by_folder = {task.folder: task for task in self.tasks}
         self.executor, self.retry, self.package = executor, retry, package_hash()
         self.hashes = {batch.name: Hashes(batch.folder / ".hashes.json") for batch in checked.batches}
@@ -48,7 +52,10 @@ class Scheduler:
                 self._look(task)
         ready = [task for task in self.tasks if task.state == "queued" and self._may_begin(task)]
         for task in self.executor.start(ready) if ready else []:
-            task.become("pending" if isinstance(self.executor, Slurm) else "running", f"job {task.job}" if isinstance(self.executor, Slurm) else "")
+            task.become(
+                "pending" if isinstance(self.executor, Slurm) else "running",
+                f"job {task.job}" if isinstance(self.executor, Slurm) else "",
+            )
         for hashes in self.hashes.values():
             hashes.save()
         return any(task.state in ("queued", "pending", "running") for task in self.tasks)
@@ -60,7 +67,10 @@ class Scheduler:
             if (task.folder / "done.json").exists():
                 self._finish(task)
             else:
-                task.become("failed" if failed else "interrupted", last_line(failed.get("error", "")) or f"killed? The last of it: {self.executor.last_words(task)}")
+                task.become(
+                    "failed" if failed else "interrupted",
+                    last_line(failed.get("error", "")) or f"killed? The last of it: {self.executor.last_words(task)}",
+                )
         elif state != task.state:
             task.become(state, task.told)
 
@@ -127,7 +137,11 @@ def _line(task: Task, width: int) -> str:
 def status_table(tasks: Sequence[Task], width: int = 160, height: int = 40) -> str:
     """How far all is. With more tasks than `height` lines only those that run or went wrong are listed."""
     counts = Counter(task.state for task in tasks)
-    shown = tasks if len(tasks) < height else [task for task in tasks if task.state in ("running", "failed", "interrupted", "blocked")]
+    shown = (
+        tasks
+        if len(tasks) < height
+        else [task for task in tasks if task.state in ("running", "failed", "interrupted", "blocked")]
+    )
     lines = [_line(task, width) for task in shown]
     more = [f"… {len(lines) - height + 2} more"] if len(lines) > height - 2 else []
     return "\n".join([*lines[: height - 2], *more, " · ".join(f"{count} {state}" for state, count in counts.items())])
@@ -151,26 +165,51 @@ class Screen:
             for task in tasks:
                 if self.known.get(task.folder) != task.state:
                     self.known[task.folder] = task.state
-                    self.stream.write(f"{time.strftime('%H:%M:%S')} {_line(task, 400).rstrip()}\n" if task.state != "queued" else "")
+                    self.stream.write(
+                        f"{time.strftime('%H:%M:%S')} {_line(task, 400).rstrip()}\n" if task.state != "queued" else ""
+                    )
         self.stream.flush()
 
 # %% ../../nbs/10_lab/11_runner.ipynb #e97b71e2
 @contextlib.contextmanager
 def sole_runner(batches: Sequence[Batch]) -> Iterator[None]:
-    """Hold the batches' folders, each with a note of what its runs are. Raises BatchError if another runner holds one."""
+    """Hold the batches' folders, each with a note of what its runs are. Raises BatchError if another runner holds
+    one.
+    """
     with contextlib.ExitStack() as held:
         for batch in batches:
             try:
                 held.enter_context(FileLock(batch.folder / ".lock", timeout=0))
             except Timeout:
-                raise BatchError([f"another `ddil batch` is running {batch.folder}: wait for it, stop it, or name another --folder"]) from None
-            runs = [{"name": run.name, "notebook": str(run.notebook), "parameters": run.parameters, "keep": run.keep and str(run.keep)} for run in batch.runs]
-            write_text(batch.folder / "batch.json", json.dumps({"name": batch.name, "pair": batch.pair, "runs": runs}, indent=1))
+                raise BatchError(
+                    [f"another `ddil batch` is running {batch.folder}: wait for it, stop it, or name another --folder"]
+                ) from None
+            runs = [
+                {
+                    "name": run.name,
+                    "notebook": str(run.notebook),
+                    "parameters": run.parameters,
+                    "keep": run.keep and str(run.keep),
+                }
+                for run in batch.runs
+            ]
+            write_text(
+                batch.folder / "batch.json",
+                json.dumps({"name": batch.name, "pair": batch.pair, "runs": runs}, indent=1),
+            )
         yield
 
-
-def run_batches(checked: Checked, executor: Executor, retry: bool = False, show: Callable[[Sequence[Task]], None] | None = None, pause: float = 0.5) -> list[Task]:
-    """Run all that is to be run, and return the tasks when nothing is left to wait for. Raises BatchError if another runner is at it."""
+# %% ../../nbs/10_lab/11_runner.ipynb #944c8996
+def run_batches(
+    checked: Checked,
+    executor: Executor,
+    retry: bool = False,
+    show: Callable[[Sequence[Task]], None] | None = None,
+    pause: float = 0.5,
+) -> list[Task]:
+    """Run all that is to be run, and return the tasks when nothing is left to wait for. Raises BatchError if
+    another runner is at it.
+    """
     for batch in checked.batches:
         batch.folder.mkdir(parents=True, exist_ok=True)
     show = show or Screen().show
@@ -184,14 +223,18 @@ def run_batches(checked: Checked, executor: Executor, retry: bool = False, show:
 
 # %% ../../nbs/10_lab/11_runner.ipynb #ba51dddc
 def _examined(plans: Sequence[dict]) -> tuple[float | None, float | None]:
-    """(minutes, GiB) of text-to-image plans by the doctor, for this machine. Plans that differ in their seed alone are examined once."""
+    """(minutes, GiB) of text-to-image plans by the doctor, for this machine. Plans that differ in their seed alone
+    are examined once.
+    """
     from ddil.distil.doctor import examine  # seconds, which only who asks for an estimate has to wait
     from ddil.distil.plan import Plan
 
     seconds, sizes, known = 0.0, [], {}
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     for values in plans:
-        same = json.dumps({name: value for name, value in values.items() if name not in ("seed", "output", "cache")}, sort_keys=True)
+        same = json.dumps(
+            {name: value for name, value in values.items() if name not in ("seed", "output", "cache")}, sort_keys=True
+        )
         if same not in known:
             known[same] = examine(Plan(**values))
         if known[same].seconds is None:
@@ -204,7 +247,9 @@ def _examined(plans: Sequence[dict]) -> tuple[float | None, float | None]:
 def expected_cost(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, float | None, str]:
     """(minutes, GiB, by whom) of a run; None for what nobody knows."""
     done = read_json(run.folder / "done.json")
-    if done.get("parts", {}).get("parameters") == {name: value for name, value in run.parameters.items() if name != "output"}:
+    if done.get("parts", {}).get("parameters") == {
+        name: value for name, value in run.parameters.items() if name != "output"
+    }:
         return done["seconds"] / 60, done["memory"], "measured"
     minutes, memory = _examined(plans) if plans else (None, None)
     if minutes is not None:
@@ -221,11 +266,19 @@ def intentions(checked: Checked, executor: Executor) -> str:
         minutes, memory, source = expected_cost(task.run, checked.plans.get(task.folder, ()))
         left = not will.startswith("done")
         total, unknown = total + (minutes or 0) * left, unknown + (minutes is None and left)
-        lines.append(f"{task.name[:44]:44} {duration(minutes and 60 * minutes):>8} {'unknown' if memory is None else f'{memory:.1f} GiB':>9}  {source:11}  {will}")
+        lines.append(
+            f"{task.name[:44]:44} {duration(minutes and 60 * minutes):>8} "
+            f"{'unknown' if memory is None else f'{memory:.1f} GiB':>9}  {source:11}  {will}"
+        )
         lines += [f"    missing here: {'; '.join(checked.missing[task.folder])}"] * bool(checked.missing[task.folder])
         lines += [f"    cannot start here: {executor.refuses(task.run)}"] * bool(executor.refuses(task.run))
     unknown_too = f", and {unknown} runs of which nobody knows" if unknown else ""
-    return "\n".join([*lines, f"{len(schedule.tasks)} runs; what is left takes {duration(60 * total)} one after another{unknown_too}"])
+    return "\n".join(
+        [
+            *lines,
+            f"{len(schedule.tasks)} runs; what is left takes {duration(60 * total)} one after another{unknown_too}",
+        ]
+    )
 
 
 def _intention(task: Task, schedule: Scheduler) -> str:
@@ -234,7 +287,12 @@ def _intention(task: Task, schedule: Scheduler) -> str:
     if absent:
         return f"waits for {', '.join(place.name for place in absent)}"
     state, told = standing(task.folder, run_parts(task.run, schedule.hashes[task.batch.name], schedule.package))
-    return {"new": "runs", "begun": "goes on", "other": f"runs anew: {told}", "failed": f"failed before: {last_line(told)} (--retry)"}.get(state, state)
+    return {
+        "new": "runs",
+        "begun": "goes on",
+        "other": f"runs anew: {told}",
+        "failed": f"failed before: {last_line(told)} (--retry)",
+    }.get(state, state)
 
 # %% ../../nbs/10_lab/11_runner.ipynb #cc9db884
 def minutes_of(text: str) -> int:
@@ -247,47 +305,97 @@ def minutes_of(text: str) -> int:
         hours, minutes, seconds = (parts + [0, 0])[:3] if days or len(parts) == 3 else (0, *parts)
         return math.ceil((int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be minutes, hours:minutes:seconds or days-hours:minutes:seconds, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be minutes, hours:minutes:seconds or days-hours:minutes:seconds, not {text!r}"
+        ) from None
 
-
+# %% ../../nbs/10_lab/11_runner.ipynb #25534ea8
 def batch_options(command: argparse.ArgumentParser) -> None:
     """The options of `ddil batch`."""
     command.add_argument("files", nargs="+", metavar="FILE", help="batch files: see nbs/10_lab/07_batch.ipynb")
     command.add_argument("--folder", help="of the batch's runs (default: runs/NAME)")
-    command.add_argument("--executor", choices=("local", "slurm"), default="local", help="processes of this machine, or jobs of SLURM's")
-    command.add_argument("--parallel", type=int, metavar="N", help="at most so many runs at once (default: as many as there are GPUs, or cores; with SLURM: all)")
-    command.add_argument("--retry", action="store_true", help="start failed runs again, too (interrupted ones go on without)")
-    command.add_argument("--dry-run", action="store_true", help="check everything, and print what would be done, how long it takes and what is missing")
-    for name, kind, told in (("partition", str, "of SLURM's"), ("account", str, "for SLURM"), ("time", minutes_of, "SLURM's limit of a run: minutes, or H:MM:SS (default: twice the minutes that the file says)"),
-                             ("gpus", int, "of each node"), ("nodes", int, "of a run"), ("memory", float, "GiB of each node")):
-        command.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"{told}; over what the file says" if name != "time" else told)
+    command.add_argument(
+        "--executor", choices=("local", "slurm"), default="local", help="processes of this machine, or jobs of SLURM's"
+    )
+    command.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="at most so many runs at once (default: as many as there are GPUs, or cores; with SLURM: all)",
+    )
+    command.add_argument(
+        "--retry", action="store_true", help="start failed runs again, too (interrupted ones go on without)"
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, and print what would be done, how long it takes and what is missing",
+    )
+    for name, kind, told in (
+        ("partition", str, "of SLURM's"),
+        ("account", str, "for SLURM"),
+        (
+            "time",
+            minutes_of,
+            "SLURM's limit of a run: minutes, or H:MM:SS (default: twice the minutes that the file says)",
+        ),
+        ("gpus", int, "of each node"),
+        ("nodes", int, "of a run"),
+        ("memory", float, "GiB of each node"),
+    ):
+        command.add_argument(
+            f"--{name}",
+            type=kind,
+            metavar=name.upper(),
+            help=f"{told}; over what the file says" if name != "time" else told,
+        )
 
 # %% ../../nbs/10_lab/11_runner.ipynb #7d3e500e
 def _overridden(checked: Checked, given: argparse.Namespace) -> Checked:
-    """The runs with the resources of the command line. Raises BatchError where --nodes is not what a run's own parameter says."""
+    """The runs with the resources of the command line. Raises BatchError where --nodes is not what a run's own
+    parameter says.
+    """
     wanted = {name: getattr(given, name) for name in ("gpus", "nodes", "memory") if getattr(given, name) is not None}
-    other = [f"--nodes {given.nodes}: the run {run.name} has the parameter nodes = {run.parameters.get('nodes', 1)}; change it in the file" for run in checked.runs
-             if given.nodes is not None and run.parameters.get("nodes", 1) != given.nodes]
+    other = [
+        f"--nodes {given.nodes}: the run {run.name} has the parameter nodes = "
+        f"{run.parameters.get('nodes', 1)}; change it in the file"
+        for run in checked.runs
+        if given.nodes is not None and run.parameters.get("nodes", 1) != given.nodes
+    ]
     if other:
         raise BatchError(other)
     change = lambda run: replace(run, resources=run.resources.but(**wanted))
-    return replace(checked, batches=tuple(replace(batch, runs=tuple(map(change, batch.runs))) for batch in checked.batches))
+    return replace(
+        checked, batches=tuple(replace(batch, runs=tuple(map(change, batch.runs))) for batch in checked.batches)
+    )
 
 
 def _executor(given: argparse.Namespace) -> Local | Slurm:
     if given.executor == "local":
         return Local(given.parallel)
-    return Slurm(given.parallel, {name: getattr(given, name) for name in ("partition", "account", "time") if getattr(given, name) is not None})
+    return Slurm(
+        given.parallel,
+        {name: getattr(given, name) for name in ("partition", "account", "time") if getattr(given, name) is not None},
+    )
 
 # %% ../../nbs/10_lab/11_runner.ipynb #d6e70878
 def batch_command(given: argparse.Namespace) -> int:
-    """Run `ddil batch`. Returns the exit status: 0 if all is done, 1 if some run is not, 2 if the batch cannot be started, 130 if it was stopped."""
+    """Run `ddil batch`. Returns the exit status: 0 if all is done, 1 if some run is not, 2 if the batch cannot be
+    started, 130 if it was stopped.
+    """
     try:
         checked, executor = _overridden(check_batches(given.files, given.folder), given), _executor(given)
         if given.dry_run:
             print(intentions(checked, executor))
             return 0
-        unable = [f"run {run.name}: {line}" for run in checked.runs for line in (*(f"missing here: {line}" for line in checked.missing[run.folder]), *filter(None, [executor.refuses(run)]))]
+        unable = [
+            f"run {run.name}: {line}"
+            for run in checked.runs
+            for line in (
+                *(f"missing here: {line}" for line in checked.missing[run.folder]),
+                *filter(None, [executor.refuses(run)]),
+            )
+        ]
         if unable:
             raise BatchError(unable)
         tasks = run_batches(checked, executor, given.retry)
@@ -295,7 +403,11 @@ def batch_command(given: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on" + (" watching: SLURM still has the jobs" if given.executor == "slurm" else ""), file=sys.stderr)
+        print(
+            "stopped; the same command goes on"
+            + (" watching: SLURM still has the jobs" if given.executor == "slurm" else ""),
+            file=sys.stderr,
+        )
         return 130
     print(status_table(tasks, height=len(tasks) + 3) if not sys.stdout.isatty() else "", end="\n")
     return 0 if all(task.state == "done" for task in tasks) else 1

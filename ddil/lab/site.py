@@ -19,10 +19,14 @@ __all__ = ['GUIDE', 'RESULTS', 'reading_order', 'address_of', 'menu_of', 'build'
 
 # %% ../../nbs/10_lab/16_site.ipynb #484ed339
 def reading_order(root: Path) -> list[Path]:
-    """The notebooks of the library, part by part, in the order of their numbers. Raises FileNotFoundError where there are none."""
+    """The notebooks of the library, part by part, in the order of their numbers. Raises FileNotFoundError where
+    there are none.
+    """
     found = sorted(path.resolve() for path in (root / "nbs").glob("[0-9]*/[0-9]*.ipynb"))
     if not found or not (root / "index.ipynb").is_file():
-        raise FileNotFoundError(f"there is no index.ipynb with nbs/ in {root.resolve()}: run it in a clone of the repository")
+        raise FileNotFoundError(
+            f"there is no index.ipynb with nbs/ in {root.resolve()}: run it in a clone of the repository"
+        )
     return found
 
 
@@ -47,15 +51,30 @@ RESULTS = "results/"
 def build(root: str | Path = ".", output: str | Path = "runs/site") -> Path:
     """Build the site of the repository at `root`, and return its index.html.
 
-    Raises FileNotFoundError outside a repository, ValueError for a damaged notebook or results file, dead links, or an `output` that holds something else.
+    Raises FileNotFoundError outside a repository, ValueError for a damaged notebook or results file, dead links, or an
+    `output` that holds something else.
     """
     root, place = Path(root), aside(output)
     notebooks, kept = reading_order(root), root / "experiments" / "reference"
     paths = find_results([kept]) if kept.is_dir() else []
     listed, sources = results_menu(paths, RESULTS) if paths else ([], {})
-    sources |= {root.resolve() / "experiments" / path.name: address for path, address in sources.items() if path.stem == path.parent.name}
+    sources |= {
+        root.resolve() / "experiments" / path.name: address
+        for path, address in sources.items()
+        if path.stem == path.parent.name
+    }
     sources |= {path: address_of(path) for path in notebooks} | {(root / "index.ipynb").resolve(): "index.html"}
-    menu = [("", [("Home", "index.html"), *((heading_of(path)[0], sources[path]) for path in notebooks if path.stem == GUIDE)]), *menu_of(notebooks), *([("Results", listed)] if listed else [])]
+    menu = [
+        (
+            "",
+            [
+                ("Home", "index.html"),
+                *((heading_of(path)[0], sources[path]) for path in notebooks if path.stem == GUIDE),
+            ],
+        ),
+        *menu_of(notebooks),
+        *([("Results", listed)] if listed else []),
+    ]
     try:
         book = Book(place, heading_of(root / "index.ipynb")[0], menu, sources, searchable=True)
         _write_pages(book, (root / "index.ipynb").resolve(), notebooks)
@@ -66,16 +85,27 @@ def build(root: str | Path = ".", output: str | Path = "runs/site") -> Path:
         shutil.rmtree(place, ignore_errors=True)
     return Path(output) / "index.html"
 
-
+# %% ../../nbs/10_lab/16_site.ipynb #cdad365e
 def _write_pages(book: Book, home: Path, notebooks: list[Path]) -> None:
     """Home and the notebooks, each knowing its neighbours."""
     order = [("Home", "index.html"), *((heading_of(path)[0], book.sources[path]) for path in notebooks)]
-    doors = [(title, address, heading_of(path)[1]) for path, (title, address) in zip(notebooks, order[1:]) if path.stem == GUIDE]
-    doors += [(name, address, "Tables, curves, samples and the executed notebooks of every experiment.") for heading, links in book.menu if heading == "Results" for name, address in links[:1]]
+    doors = [
+        (title, address, heading_of(path)[1])
+        for path, (title, address) in zip(notebooks, order[1:])
+        if path.stem == GUIDE
+    ]
+    doors += [
+        (name, address, "Tables, curves, samples and the executed notebooks of every experiment.")
+        for heading, links in book.menu
+        if heading == "Results"
+        for name, address in links[:1]
+    ]
     write_notebook(book, home, "index.html", after=order[1], doors=doors)
     for i, path in enumerate(notebooks, 1):
         source = f"nbs/{path.parent.name}/{path.name}"
-        write_notebook(book, path, order[i][1], order[i - 1], order[i + 1] if i + 1 < len(order) else None, source=source)
+        write_notebook(
+            book, path, order[i][1], order[i - 1], order[i + 1] if i + 1 < len(order) else None, source=source
+        )
 
 # %% ../../nbs/10_lab/16_site.ipynb #61a152b7
 def site_options(command: argparse.ArgumentParser) -> None:
@@ -92,5 +122,8 @@ def site_command(given: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     files = [path for path in index.parent.rglob("*") if path.is_file()]
-    print(f"{index}: {sum(path.suffix == '.html' for path in files)} pages, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
+    print(
+        f"{index}: {sum(path.suffix == '.html' for path in files)} pages, "
+        f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+    )
     return 0

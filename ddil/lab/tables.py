@@ -17,9 +17,27 @@ __all__ = ['latex_text', 'Table', 'with_interval']
 
 # %% ../../nbs/10_lab/04_tables.ipynb #b4bf4e1c
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "÷": r"$\div$", "×": r"$\times$",
-    "→": r"$\to$", "…": r"\dots{}", "≤": r"$\le$", "≥": r"$\ge$", "κ": r"$\kappa$", "β": r"$\beta$", "±": r"$\pm$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "–": "--",
+    "÷": r"$\div$",
+    "×": r"$\times$",
+    "→": r"$\to$",
+    "…": r"\dots{}",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "κ": r"$\kappa$",
+    "β": r"$\beta$",
+    "±": r"$\pm$",
     "’": "'",
 }
 
@@ -47,7 +65,10 @@ class Table:
     @property
     def lines(self) -> list[list[str]]:
         """The heads, and then every line, as text."""
-        return [[*map(str, self.frame.columns)], *([*map(str, line)] for line in self.frame.itertuples(index=False, name=None))]
+        return [
+            [*map(str, self.frame.columns)],
+            *([*map(str, line)] for line in self.frame.itertuples(index=False, name=None)),
+        ]
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -75,7 +96,7 @@ class Table:
 
 # %% ../../nbs/10_lab/04_tables.ipynb #b1a6ef45
 def with_interval(mean: float, ends: Sequence[float | None], digits: int = 3) -> str:
-    """"mean [low, high]", rounded; the mean alone where there is no interval (one seed)."""
+    """ "mean [low, high]", rounded; the mean alone where there is no interval (one seed)."""
     if ends[0] is None:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"

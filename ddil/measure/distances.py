@@ -63,8 +63,9 @@ def endpoint_error(samples: Tensor, reference: Tensor) -> Tensor:
     Raises ValueError for unequal shapes, no samples, or values that are not finite.
     """
     if samples.shape != reference.shape:
-        raise ValueError("samples and reference must have the same shape, "
-                         f"not {tuple(samples.shape)} and {tuple(reference.shape)}")
+        raise ValueError(
+            f"samples and reference must have the same shape, not {tuple(samples.shape)} and {tuple(reference.shape)}"
+        )
     return (_matrix(samples, "samples") - _matrix(reference, "reference")).square().mean(1)
 
 # %% ../../nbs/05_measure/02_distances.ipynb #7757b95d
@@ -85,8 +86,9 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     logits = _matrix(logits, "logits")
     if labels.shape != (len(logits),) or labels.is_floating_point():
-        raise ValueError(f"labels must be whole numbers of shape ({len(logits)},), "
-                         f"not {labels.dtype} of shape {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be whole numbers of shape ({len(logits)},), not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(f"labels must be in [0, {logits.shape[1]}), not from {low} to {high}")
@@ -206,8 +208,10 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     a, b = _matrix(a, "samples a").cpu(), _matrix(b, "samples b").cpu()
     _same_width(a, b, "samples a and b")
     if len(a) != len(b) or len(a) > 5000:
-        raise ValueError("an assignment needs as many samples on both sides, 5000 at most, "
-                         f"not {len(a)} and {len(b)}: use sliced_wasserstein")
+        raise ValueError(
+            "an assignment needs as many samples on both sides, 5000 at most, "
+            f"not {len(a)} and {len(b)}: use sliced_wasserstein"
+        )
     cost = pairwise(a, b).square().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
@@ -350,8 +354,10 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) 
     _same_width(real, fake, "real and fake features")
     fewest = min(len(real), len(fake))
     if not 1 <= k < fewest or block < 1:
-        raise ValueError(f"k = {k} neighbours need 1 <= k < {fewest}, as there are {len(real)} real and {len(fake)} "
-                         f"fake samples, and a block of at least 1, not {block}")
+        raise ValueError(
+            f"k = {k} neighbours need 1 <= k < {fewest}, as there are {len(real)} real and {len(fake)} "
+            f"fake samples, and a block of at least 1, not {block}"
+        )
     kind = torch.promote_types(real.dtype, fake.dtype)
     real, fake = _in_reach(real.to(kind), fake.to(real.device, kind), block)
     balls, covered, recalled = _within_balls(real, fake, k, block)
@@ -437,6 +443,7 @@ def mode_kl(shares: Tensor, weights: Tensor | None = None) -> float:
     for name, values in (("shares", shares), ("weights", weights)):
         fits = values.shape == shares.shape and shares.ndim == 1 and bool((values >= 0).all())
         if not fits or abs(values.sum().item() - 1) > 1e-6:
-            raise ValueError(f"{name} must be {len(shares)} numbers, none negative, that add up to 1, "
-                             f"not {values.tolist()}")
+            raise ValueError(
+                f"{name} must be {len(shares)} numbers, none negative, that add up to 1, not {values.tolist()}"
+            )
     return (torch.special.xlogy(shares, shares) - torch.special.xlogy(shares, weights)).sum().item()

@@ -43,14 +43,22 @@ def switched_drivers(first: str, node: int, steps: int, n: int) -> np.ndarray:
     Garrepalli et al. 2024, tables 3 and 4. Raises ValueError for another name, or a node that the walk does not have.
     """
     if first not in ("teacher", "student") or not 0 <= node <= steps:
-        raise ValueError(f"'teacher' or 'student' drives first and hands over at a node in 0 … {steps}, "
-                         f"not {first!r} and {node}")
+        raise ValueError(
+            f"'teacher' or 'student' drives first and hands over at a node in 0 … {steps}, not {first!r} and {node}"
+        )
     return np.broadcast_to(((np.arange(steps) < node) == (first == "teacher"))[:, None], (steps, n))
 
 # %% ../../nbs/05_measure/07_driving.ipynb #269b54c1
 def drive(
-    teacher: Sampler, student: Sampler, drivers: np.ndarray, ids: Sequence[int], cond: Cond = None, *, seed: int = 0,
-    batch_size: int = 256, trajectory: bool = False,
+    teacher: Sampler,
+    student: Sampler,
+    drivers: np.ndarray,
+    ids: Sequence[int],
+    cond: Cond = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    trajectory: bool = False,
 ) -> Tensor:
     """Samples (n, …) of a walk on the student's times whose transitions are made by `drivers` (steps, n).
 
@@ -79,8 +87,10 @@ def _on_both_grids(teacher: Sampler, student: Sampler) -> Teacher:
     ours, theirs = student.grid, teacher.grid
     same_ends = torch.allclose(ours[[0, -1]], theirs[[0, -1]], atol=1e-9, rtol=0)
     if student.denoiser.schedule != teacher.denoiser.schedule or not same_ends:
-        raise ValueError("student and teacher must walk on one schedule between the same times, not from "
-                         f"{ours[0]:g} to {ours[-1]:g} and from {theirs[0]:g} to {theirs[-1]:g}")
+        raise ValueError(
+            "student and teacher must walk on one schedule between the same times, not from "
+            f"{ours[0]:g} to {ours[-1]:g} and from {theirs[0]:g} to {theirs[-1]:g}"
+        )
     new = [t for t in ours.tolist() if (theirs - t).abs().min() > 1e-9]
     times = torch.cat([theirs, theirs.new_tensor(new)]).sort(descending=True).values
     return Teacher(teacher.denoiser, times, 1, teacher.step)

@@ -88,9 +88,16 @@ class _Walks:
 
 # %% ../../nbs/05_measure/09_explorer.ipynb #d2eacf45
 def shift_report(
-    teacher: Sampler, student: Sampler, ids: Sequence[int] = range(500), cond: Cond = None, data: Data | None = None,
-    quality: Mapping[str, Quality] | None = None, distance: PerceptualDistance | None = None,
-    shares: Sequence[float] = SHARES, seed: int = 0, batch_size: int = 256,
+    teacher: Sampler,
+    student: Sampler,
+    ids: Sequence[int] = range(500),
+    cond: Cond = None,
+    data: Data | None = None,
+    quality: Mapping[str, Quality] | None = None,
+    distance: PerceptualDistance | None = None,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> ShiftReport:
     """The laboratory's answers for one student and its teacher; draw them with `report_figure`.
 
@@ -112,8 +119,15 @@ def shift_report(
     mixed = measured([walks.mixed(share) for share in shares])
     preserved = map_preservation(own, path[-1], cond.to(own.device) if is_labels(cond) else None, distance)
     return ShiftReport(
-        student.grid.tolist(), imitation, marginals, list(shares), mixed,
-        {first: measured(some) for first, some in switched.items()}, growth, _slope_of(growth), preserved,
+        student.grid.tolist(),
+        imitation,
+        marginals,
+        list(shares),
+        mixed,
+        {first: measured(some) for first, some in switched.items()},
+        growth,
+        _slope_of(growth),
+        preserved,
         _strips_of(student, path[-1], switched["teacher"], own),
     )
 
@@ -248,8 +262,10 @@ MODES = ("mixed: the teacher's share", "teacher first, then student", "student f
 def _check_view(mode: str, sample: int, count: int) -> None:
     """Raise ValueError for a mode or a sample that is not there."""
     if mode not in MODES or not 0 <= sample < count:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))} and sample in 0 … {count - 1}, "
-                         f"not {mode!r} and {sample}")
+        raise ValueError(
+            f"mode must be one of {', '.join(map(repr, MODES))} and sample in 0 … {count - 1}, "
+            f"not {mode!r} and {sample}"
+        )
 
 
 def _walked(
@@ -273,8 +289,10 @@ class Explorer:
         self, teacher: Sampler, student: Sampler, ids: Sequence[int] = range(16), cond: Cond = None, seed: int = 0
     ):
         if as_pictures(torch.zeros(1, *student.shape)) is None and tuple(student.shape) != (2,):
-            raise ValueError(f"samples of shape {tuple(student.shape)} cannot be drawn: "
-                             "the explorer shows pictures and points of the plane")
+            raise ValueError(
+                f"samples of shape {tuple(student.shape)} cannot be drawn: "
+                "the explorer shows pictures and points of the plane"
+            )
         self.student, self.ids = student, list(ids)
         self._walk = lru_cache(maxsize=64)(partial(_walked, teacher, student, self.ids, cond, seed))
 

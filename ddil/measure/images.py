@@ -101,8 +101,10 @@ class NetworkFeatures:
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.network.training:
-            raise ValueError(f"{self.name} is in training mode, where dropout and batch statistics change its "
-                             "features: call .eval() on it first")
+            raise ValueError(
+                f"{self.name} is in training mode, where dropout and batch statistics change its "
+                "features: call .eval() on it first"
+            )
         with torch.inference_mode():
             return self.features(images.float()).flatten(1)
 
@@ -167,8 +169,10 @@ class _Asking:
         for start in tqdm(range(0, len(mine), size), self.extractor.name, disable=not self.progress or rank > 0):
             features = self.extractor(self.images(list(mine[start : start + size])))
             if not bool(torch.isfinite(features).all()):
-                raise ValueError(f"{self.extractor.name} gave features that are not finite: "
-                                 f"look at the pictures from id {mine[start]} on")
+                raise ValueError(
+                    f"{self.extractor.name} gave features that are not finite: "
+                    f"look at the pictures from id {mine[start]} on"
+                )
             yield features
 
 # %% ../../nbs/05_measure/03_images.ipynb #2cce1394
@@ -196,7 +200,11 @@ def _shares(make: Callable[[], object], accelerator: Accelerator | None) -> list
 
 # %% ../../nbs/05_measure/03_images.ipynb #ab63782e
 def features_of(
-    images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None,
+    images: Images,
+    count: int,
+    extractor: Extractor,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Features (count, d), on the CPU, of the pictures of ids 0 … count - 1, in that order and on all processes."""
@@ -206,7 +214,11 @@ def features_of(
 
 
 def moments_of(
-    images: Images, count: int, extractor: Extractor, batch_size: int = 64, accelerator: Accelerator | None = None,
+    images: Images,
+    count: int,
+    extractor: Extractor,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> Moments:
     """The moments of these features, without keeping them: all that the Fréchet distance needs."""
@@ -255,8 +267,10 @@ class PerceptualDistance:
         Raises ValueError for unequal shapes or pictures of less than 32 × 32.
         """
         if a.shape != b.shape or a.ndim != 4 or min(a.shape[2:]) < 32:
-            raise ValueError("LPIPS compares two batches of pictures of one shape, 32 × 32 or more, "
-                             f"not {tuple(a.shape)} and {tuple(b.shape)}")
+            raise ValueError(
+                "LPIPS compares two batches of pictures of one shape, 32 × 32 or more, "
+                f"not {tuple(a.shape)} and {tuple(b.shape)}"
+            )
         rgb = lambda part: part.float().expand(-1, 3, -1, -1).to(self.device)
         pairs = zip(a.split(batch_size), b.split(batch_size))
         with torch.inference_mode():
@@ -269,8 +283,10 @@ def perceptual_diversity(images: Tensor, distance: PerceptualDistance, batch_siz
     images: (prompts, n, channels, height, width) in [-1, 1]. Raises ValueError for fewer than two pictures of a prompt.
     """
     if images.ndim != 5 or images.shape[1] < 2:
-        raise ValueError("diversity needs at least two pictures of each prompt, (prompts, n, channels, height, width), "
-                         f"not {tuple(images.shape)}")
+        raise ValueError(
+            "diversity needs at least two pictures of each prompt, (prompts, n, channels, height, width), "
+            f"not {tuple(images.shape)}"
+        )
     one, other = torch.triu_indices(images.shape[1], images.shape[1], 1)
     apart = distance(images[:, one].flatten(0, 1), images[:, other].flatten(0, 1), batch_size)
     return apart.view(len(images), -1).mean(1)
@@ -318,8 +334,10 @@ def _clip_source(path: str | Path, revision: str | None) -> dict[str, str | bool
     """Where CLIP is to be read from. Raises FileNotFoundError if there is no such folder."""
     local = Path(path).is_dir()
     if not local and revision is None:
-        raise FileNotFoundError(f"there is no folder {path}: put a CLIP model there (config.json, model.safetensors, "
-                                "tokenizer, preprocessor_config.json), or name a hub id with its revision")
+        raise FileNotFoundError(
+            f"there is no folder {path}: put a CLIP model there (config.json, model.safetensors, "
+            "tokenizer, preprocessor_config.json), or name a hub id with its revision"
+        )
     return {"local_files_only": local, **({} if revision is None else {"revision": revision})}
 
 
@@ -329,6 +347,8 @@ def clip_score(clip: Clip, images: Tensor, prompts: Sequence[str], convention: s
     Raises ValueError for an unknown convention, or unequal numbers of pictures and prompts.
     """
     if convention not in CLIP_CONVENTIONS or len(images) != len(prompts):
-        raise ValueError(f"CLIP scores one prompt for each picture, not {len(prompts)} for {len(images)}, by one of "
-                         f"the conventions {', '.join(CLIP_CONVENTIONS)}, not {convention!r}")
+        raise ValueError(
+            f"CLIP scores one prompt for each picture, not {len(prompts)} for {len(images)}, by one of "
+            f"the conventions {', '.join(CLIP_CONVENTIONS)}, not {convention!r}"
+        )
     return CLIP_CONVENTIONS[convention](torch.cosine_similarity(clip(images), clip.texts(prompts)).cpu())

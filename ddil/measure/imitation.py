@@ -35,22 +35,30 @@ def check_solver(sampler: Sampler, who: str, *, ddim: bool = False, stochastic: 
     option, default = NOISELESS.get(name, ("", 1.0))
     noiseless = name not in STOCHASTIC_SOLVERS or sampler.solver_options.get(option, default) == 0
     if name in MULTISTEP:
-        raise ValueError(f"the {who}'s solver {name} is a multistep one: where a step goes depends on the states "
-                         f"before it; give the {who} a one-step solver such as ddim or heun")
+        raise ValueError(
+            f"the {who}'s solver {name} is a multistep one: where a step goes depends on the states "
+            f"before it; give the {who} a one-step solver such as ddim or heun"
+        )
     if not noiseless and not stochastic:
-        raise ValueError(f"the {who}'s solver {name} is stochastic: where a step goes depends on its noise; "
-                         f"give the {who} a deterministic solver such as ddim")
+        raise ValueError(
+            f"the {who}'s solver {name} is stochastic: where a step goes depends on its noise; "
+            f"give the {who} a deterministic solver such as ddim"
+        )
     if ddim and not (sampler.solver == "ddim" or (name in NOISELESS and noiseless)):
-        raise ValueError(f"the {who}'s solver is {name}, but its clean estimate is held against that of a DDIM step: "
-                         "use solver='ddim'")
+        raise ValueError(
+            f"the {who}'s solver is {name}, but its clean estimate is held against that of a DDIM step: "
+            "use solver='ddim'"
+        )
 
 # %% ../../nbs/05_measure/06_imitation.ipynb #27be145c
 def teacher_at_nodes(teacher: Sampler, student: Sampler) -> Teacher:
     """The teacher, stopping at the student's times. Raises ValueError if these are not every k-th of its own."""
     stride, rest = divmod(teacher.steps, student.steps)
     if rest or not torch.allclose(teacher.grid[::stride], student.grid, atol=1e-12, rtol=0):
-        raise ValueError(f"a student of {student.steps} steps cannot be held against this teacher of {teacher.steps}: "
-                         "its times must be every k-th of the teacher's")
+        raise ValueError(
+            f"a student of {student.steps} steps cannot be held against this teacher of {teacher.steps}: "
+            "its times must be every k-th of the teacher's"
+        )
     return Teacher(teacher.denoiser, teacher.grid, stride, teacher.step)
 
 
@@ -81,7 +89,11 @@ def forward_states(student: Sampler, data: Data, n: int, seed: int = 0) -> tuple
 
 # %% ../../nbs/05_measure/06_imitation.ipynb #245fab05
 def error_in_batches(
-    student: Sampler, teacher: Teacher, states: Sequence[Tensor], cond: Cond, landings: Sequence[Tensor] | None,
+    student: Sampler,
+    teacher: Teacher,
+    states: Sequence[Tensor],
+    cond: Cond,
+    landings: Sequence[Tensor] | None,
     batch_size: int,
 ) -> Tensor:
     """(nodes,): `one_step_error` over all states, by batches.
@@ -102,8 +114,14 @@ def error_in_batches(
 
 # %% ../../nbs/05_measure/06_imitation.ipynb #e3f50c43
 def covariate_shift(
-    student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None, seed: int = 0,
-    teacher_path: Tensor | None = None, batch_size: int = 256,
+    student: Sampler,
+    teacher: Sampler,
+    ids: Sequence[int],
+    cond: Cond = None,
+    data: Data | None = None,
+    seed: int = 0,
+    teacher_path: Tensor | None = None,
+    batch_size: int = 256,
 ) -> dict[str, Tensor]:
     """The student's one-step error at each node, on "teacher" states, its "own", and, given `data`, on "forward"
     states.

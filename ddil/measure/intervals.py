@@ -60,8 +60,10 @@ def paired_difference(a: Values, b: Values, level: float = 0.95) -> Estimate:
     """
     by_seed = isinstance(a, Mapping)
     if by_seed != isinstance(b, Mapping) or (by_seed and a.keys() != b.keys()):
-        raise ValueError("a paired difference needs both arms as {seed: value} on the same seeds, or both as lists; "
-                         f"got {a} and {b}")
+        raise ValueError(
+            "a paired difference needs both arms as {seed: value} on the same seeds, or both as lists; "
+            f"got {a} and {b}"
+        )
     if len(a) != len(b):
         raise ValueError(f"a paired difference needs the same seeds in both arms, not {len(a)} and {len(b)} values")
     pairs = [(a[seed], b[seed]) for seed in a] if by_seed else list(zip(a, b))

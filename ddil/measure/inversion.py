@@ -99,8 +99,10 @@ def prompt_conditions(model: PromptedModel, prompts: Sequence[Sequence[int]]) ->
 def _check_model(model: PromptedModel) -> None:
     model.need("text_encoders")
     if len(model.text_encoders) > 1:
-        raise ValueError("this model has two text encoders with an embedding table each, and one prompt cannot be "
-                         "searched in both: search with a Stable Diffusion model")
+        raise ValueError(
+            "this model has two text encoders with an embedding table each, and one prompt cannot be "
+            "searched in both: search with a Stable Diffusion model"
+        )
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #a4883a29
 HELD_OUT = 32  # states by which prompts are compared
@@ -118,7 +120,8 @@ class Draw:
 def draw_states(
     latents: Tensor, schedule: DiscreteVP, knots: tuple[int, int], n: int, rng: np.random.Generator
 ) -> Draw:
-    """`n` states of `latents` at times between two knots of the schedule, one from each of n equal parts, in any order.
+    """`n` states of `latents` at times between two knots of the schedule, one from each of n equal parts, in any
+    order.
     """
     low, high = knots
     parts = (rng.permutation(n) + rng.random(n)) / n
@@ -154,7 +157,9 @@ class PromptSearch:
 
     def draw(self, n: int, *purpose: str | int) -> Draw:
         """`n` states, which depend on the seed and `purpose` alone."""
-        return draw_states(self.latents, self.model.schedule, self.knots, n, generator(self.seed, "inversion", *purpose))
+        return draw_states(
+            self.latents, self.model.schedule, self.knots, n, generator(self.seed, "inversion", *purpose)
+        )
 
     def loss(self, embeddings: Tensor, draw: Draw) -> Tensor:
         """Mean square error in the noise under the prompt of `embeddings`, (tokens, width). One pass of the encoder."""
@@ -190,8 +195,10 @@ def _knots(times: tuple[float, float], knots: int) -> tuple[int, int]:
         raise ValueError(f"times are the earliest and the latest, in (0, 1], such as (0.5, 0.9), not {times}")
     low, high = math.ceil(times[0] * knots - 1e-9), math.floor(times[1] * knots + 1e-9)
     if low > high:
-        raise ValueError(f"there is no time between {times[0]} and {times[1]} at which a network with {knots} steps "
-                         "was trained: widen the range")
+        raise ValueError(
+            f"there is no time between {times[0]} and {times[1]} at which a network with {knots} steps "
+            "was trained: widen the range"
+        )
     return low, high
 
 
@@ -200,8 +207,10 @@ def _checked_latents(model: PromptedModel, latents: Tensor) -> Tensor:
     config, shape = model.network.config, tuple(latents.shape)
     multiple = 2 ** (len(config.block_out_channels) - 1)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != config.in_channels or shape[2] % multiple or shape[3] % multiple:
-        raise ValueError(f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with "
-                         f"sides that are multiples of {multiple}, as encode_images gives them; not {shape}")
+        raise ValueError(
+            f"latents of this model are of shape (1 or more, {config.in_channels}, height, width) with "
+            f"sides that are multiples of {multiple}, as encode_images gives them; not {shape}"
+        )
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the latents are not finite: encode the pictures with the VAE in float32")
     return latents.float()
@@ -298,8 +307,10 @@ def _run(descent: Descent, updates: Iterable[int], total: int, batch: int) -> _R
     for update in updates:
         loss.append(descent.update(descent.search.draw(batch, "update", update)))
         if not math.isfinite(loss[-1]) or not bool(torch.isfinite(descent.free).all()):
-            raise ValueError(f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: "
-                             "lower the learning rate, or load the model in float32")
+            raise ValueError(
+                f"the loss is {loss[-1]} at update {update}, and the embeddings or it are not finite: "
+                "lower the learning rate, or load the model in float32"
+            )
         trace.append(descent.ids.tolist())
         if update % every == 0 or update == total - 1:
             known[tuple(trace[-1])] = descent.search.held_out(tuple(trace[-1]))
@@ -308,9 +319,18 @@ def _run(descent: Descent, updates: Iterable[int], total: int, batch: int) -> _R
 
 # %% ../../nbs/05_measure/10_inversion.ipynb #bc2d37f2
 def find_prompt(
-    model: PromptedModel, latents: Tensor, tokens: int = 8, updates: int = 200, times: tuple[float, float] = (0.5, 0.9),
-    optimizer: str = "gradient", learning_rate: float | None = None, projection_every: int | None = None,
-    batch: int = 4, restarts: int = 1, seed: int = 0, allowed: Sequence[int] | Tensor | None = None,
+    model: PromptedModel,
+    latents: Tensor,
+    tokens: int = 8,
+    updates: int = 200,
+    times: tuple[float, float] = (0.5, 0.9),
+    optimizer: str = "gradient",
+    learning_rate: float | None = None,
+    projection_every: int | None = None,
+    batch: int = 4,
+    restarts: int = 1,
+    seed: int = 0,
+    allowed: Sequence[int] | Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Inversion:
     """The prompt of `tokens` tokens under which `model` best tells the noise from `latents` (Mahajan et al. 2024).
@@ -347,18 +367,23 @@ def _check_search(
     if not 1 <= tokens <= longest:
         raise ValueError(f"a prompt of this model has 1 to {longest} tokens between begin and end, not {tokens}")
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}{did_you_mean(optimizer, OPTIMIZERS)}; "
-                         f"known are {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"unknown optimizer {optimizer!r}{did_you_mean(optimizer, OPTIMIZERS)}; known are {', '.join(OPTIMIZERS)}"
+        )
     for name, value in whole.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     if optimizer == "lbfgs" and whole["projection_every"] == 1:
-        raise ValueError("L-BFGS projected at every evaluation sees a loss that changes only when a word does, and "
-                         "stops: projection_every must be 2 or more, such as 20")
+        raise ValueError(
+            "L-BFGS projected at every evaluation sees a loss that changes only when a word does, and "
+            "stops: projection_every must be 2 or more, such as 20"
+        )
     if not 0 < rate < math.inf:
         raise ValueError(f"the learning rate must be a positive number, not {rate}")
     control, known = set(tokenizer.all_special_ids), range(len(tokenizer))
     wrong = [int(i) for i in allowed if int(i) in control or int(i) not in known]
     if len(allowed) == 0 or wrong:
-        raise ValueError("allowed must be ids of tokens that are no control tokens, such as vocabulary(tokenizer); "
-                         f"{f'not {wrong[:5]}' if wrong else 'there are none'}")
+        raise ValueError(
+            "allowed must be ids of tokens that are no control tokens, such as vocabulary(tokenizer); "
+            f"{f'not {wrong[:5]}' if wrong else 'there are none'}"
+        )

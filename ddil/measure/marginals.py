@@ -33,9 +33,16 @@ OTHER_NOISE = 1_000_000  # added to a seed: far from those of other runs that ar
 
 
 def marginal_distances(
-    student: Sampler, teacher: Sampler, ids: Sequence[int], cond: Cond = None, data: Data | None = None,
-    distances: Mapping[str, MarginalDistance] | None = None, features: Callable[[Tensor], Tensor] = lambda z: z,
-    seed: int = 0, batch_size: int = 256, teacher_path: Tensor | None = None,
+    student: Sampler,
+    teacher: Sampler,
+    ids: Sequence[int],
+    cond: Cond = None,
+    data: Data | None = None,
+    distances: Mapping[str, MarginalDistance] | None = None,
+    features: Callable[[Tensor], Tensor] = lambda z: z,
+    seed: int = 0,
+    batch_size: int = 256,
+    teacher_path: Tensor | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """{name: {distance: (steps,)}}: how far the student's states at its times but the first are from other crowds.
 
@@ -98,7 +105,11 @@ def log_det_step(
 
 # %% ../../nbs/05_measure/08_marginals.ipynb #b556b3fb
 def exact_shift(
-    student: Sampler, exact: GaussianMixture, ids: Sequence[int], cond: Cond = None, seed: int = 0,
+    student: Sampler,
+    exact: GaussianMixture,
+    ids: Sequence[int],
+    cond: Cond = None,
+    seed: int = 0,
     batch_size: int = 256,
 ) -> Tensor:
     """(steps, n), float64: log q(z) - log p(z) of the student's states at its times but the first.
@@ -111,8 +122,10 @@ def exact_shift(
     """
     check_solver(student, "student")
     if student.denoiser.schedule != exact.schedule or tuple(student.shape) != exact.sample_shape:
-        raise ValueError("student and exact teacher must have one schedule and one shape, "
-                         f"not shapes {tuple(student.shape)} and {exact.sample_shape}")
+        raise ValueError(
+            "student and exact teacher must have one schedule and one shape, "
+            f"not shapes {tuple(student.shape)} and {exact.sample_shape}"
+        )
     device, parts = student.denoiser.device, []
     with _in_float64(student.denoiser):
         for start in range(0, len(ids), batch_size):
@@ -162,6 +175,7 @@ def _log_share(exact: GaussianMixture, cond: Cond) -> Tensor | float:
     share = exact.log_weights.masked_fill(~allowed, -math.inf).logsumexp(1)
     if not bool(torch.isfinite(share).all()):
         missing, classes = cond[~torch.isfinite(share)][0].item(), exact.classes.unique().tolist()
-        raise ValueError(f"the exact teacher has no component of class {missing}: it has no density there; "
-                         f"its classes are {classes}")
+        raise ValueError(
+            f"the exact teacher has no component of class {missing}: it has no density there; its classes are {classes}"
+        )
     return share

@@ -64,8 +64,14 @@ Line = tuple[Sequence[float], Sequence[Sequence[float]]]  # x, and values with o
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Line]], xlabel: str, ylabel: str, *, log_y: bool = True, invert_x: bool = False,
-    log_x: bool = False, title: str = "",
+    panels: Mapping[str, Mapping[str, Line]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log_y: bool = True,
+    invert_x: bool = False,
+    log_x: bool = False,
+    title: str = "",
 ) -> Picture:
     """One panel for each name; in it one line for each arm. Lines are means over the seeds, bands their range."""
     figure = Picture(figsize=(3.2 * len(panels) + 0.6, 2.9), layout="constrained")

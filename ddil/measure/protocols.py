@@ -67,8 +67,9 @@ def same_protocol(figures: Iterable[Figure]) -> Protocol:
         mine, theirs = asdict(first), asdict(figure.protocol)
         pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
         if differing := [f"{name} is {one!r} and {other!r}" for name, (one, other) in pairs.items()]:
-            raise ValueError("these figures were measured differently and cannot share a table: "
-                             f"{'; '.join(differing)}")
+            raise ValueError(
+                f"these figures were measured differently and cannot share a table: {'; '.join(differing)}"
+            )
     return first
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #862d4faf
@@ -98,8 +99,16 @@ class Reference:
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #70bafe84
 def judge(
-    images: Images, count: int, reference: Reference, *, seed: int = 0, guidance_scale: float | None = None,
-    nfe: float | None = None, k: int = 5, batch_size: int = 64, accelerator: Accelerator | None = None,
+    images: Images,
+    count: int,
+    reference: Reference,
+    *,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    nfe: float | None = None,
+    k: int = 5,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> dict[str, Figure]:
     """FID, KID, precision, recall, density and coverage of the pictures of ids 0 … count - 1, with their protocols.

@@ -39,17 +39,24 @@ class TeacherTerm:
     """
 
     def __init__(
-        self, teacher: Denoiser, weighting: str = "exponential", times: tuple[float, float] = (0.001, 1.0),
+        self,
+        teacher: Denoiser,
+        weighting: str = "exponential",
+        times: tuple[float, float] = (0.001, 1.0),
         negative: Callable[[Cond], Cond] | None = None,
     ):
         if weighting not in DISTILLATION_WEIGHTS or not 0 < times[0] <= times[1] <= 1:
-            raise ValueError(f"weighting must be one of {', '.join(DISTILLATION_WEIGHTS)}, and times rise within (0, "
-                             f"1], not {weighting!r} and {times}")
+            raise ValueError(
+                f"weighting must be one of {', '.join(DISTILLATION_WEIGHTS)}, and times rise within (0, "
+                f"1], not {weighting!r} and {times}"
+            )
         self.teacher, self.weighting, self.times = check_guidance(teacher), weighting, times
         if weighting == "nfsd" and negative is None and not teacher.knows_null:
             name = type(innermost(teacher)).__name__
-            raise ValueError(f"'nfsd' asks the teacher under a negative condition, and {name} "
-                             "knows not even the null condition: give `negative`, or choose 'sds'")
+            raise ValueError(
+                f"'nfsd' asks the teacher under a negative condition, and {name} "
+                "knows not even the null condition: give `negative`, or choose 'sds'"
+            )
         self.negative = negative or teacher.null_condition
 
     @torch.no_grad()
@@ -75,8 +82,10 @@ class Sight:
         self, features: Features, decode: Callable[[Tensor], Tensor] | None = None, image: Features | None = None
     ):
         if not hasattr(features, "features"):
-            raise ValueError("features must be a network to look through, such as DINOv2(folder) or "
-                             f"LayerFeatures(network, layers), not {features!r}")
+            raise ValueError(
+                "features must be a network to look through, such as DINOv2(folder) or "
+                f"LayerFeatures(network, layers), not {features!r}"
+            )
         self.features, self.decode, self.image = features, decode or (lambda x: x), image
 
     @torch.no_grad()
@@ -105,7 +114,12 @@ class Opposed(Method):
     """
 
     def __init__(
-        self, sight: Sight, discriminator: nn.Module, adversarial: str, gamma: float, rate: float,
+        self,
+        sight: Sight,
+        discriminator: nn.Module,
+        adversarial: str,
+        gamma: float,
+        rate: float,
         data: RealSamples | None,
     ):
         if gamma < 0 or not rate > 0:
@@ -148,10 +162,20 @@ class AdversarialDistillation(Opposed):
     """
 
     def __init__(
-        self, teacher: Denoiser, features: Features, discriminator: nn.Module, *, weighting: str = "exponential",
-        distillation: float = 2.5, times: tuple[float, float] = (0.001, 1.0),
-        negative: Callable[[Cond], Cond] | None = None, adversarial: str = "hinge", gamma: float = 1e-5,
-        rate: float = 1.0, data: RealSamples | None = None, decode: Callable[[Tensor], Tensor] | None = None,
+        self,
+        teacher: Denoiser,
+        features: Features,
+        discriminator: nn.Module,
+        *,
+        weighting: str = "exponential",
+        distillation: float = 2.5,
+        times: tuple[float, float] = (0.001, 1.0),
+        negative: Callable[[Cond], Cond] | None = None,
+        adversarial: str = "hinge",
+        gamma: float = 1e-5,
+        rate: float = 1.0,
+        data: RealSamples | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
         image: Features | None = None,
     ):
         super().__init__(Sight(features, decode, image), discriminator, adversarial, gamma, rate, data)
@@ -187,7 +211,9 @@ def check_start(student: Denoiser, states: States, data: RealSamples | None) -> 
     A student that predicts the noise has no estimate where there is nothing else; the judge needs data.
     """
     if student.prediction == "eps" and student.schedule.alpha(1.0) == 0:
-        raise ValueError("at zero terminal signal the noise says nothing about the sample: a student that predicts "
-                         "'eps' cannot start there; take one that predicts 'v' or 'x', or zero_terminal_snr=False")
+        raise ValueError(
+            "at zero terminal signal the noise says nothing about the sample: a student that predicts "
+            "'eps' cannot start there; take one that predicts 'v' or 'x', or zero_terminal_snr=False"
+        )
     if states.x is None and data is None:
         data_for(states, None, 0)  # says what is missing

@@ -98,8 +98,10 @@ class LayerFeatures:
         known = dict(network.named_modules())
         unknown = ", ".join(repr(layer) for layer in layers if layer not in known)
         if unknown or not layers:
-            raise ValueError(f"{type(network).__name__} has no layer {unknown or 'when none is named'}; "
-                             f"it has {', '.join(filter(None, known))}")
+            raise ValueError(
+                f"{type(network).__name__} has no layer {unknown or 'when none is named'}; "
+                f"it has {', '.join(filter(None, known))}"
+            )
         self.network, self.layers = copy.deepcopy(network).eval().requires_grad_(False), tuple(layers)
         self.name = f"{name or type(network).__name__} at {', '.join(layers)}"
 
@@ -128,8 +130,12 @@ class DINOv2:
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
     def __init__(
-        self, path: str | Path, revision: str | None = None, blocks: Sequence[int] | None = None,
-        size: int | None = None, device: str | torch.device = "cpu",
+        self,
+        path: str | Path,
+        revision: str | None = None,
+        blocks: Sequence[int] | None = None,
+        size: int | None = None,
+        device: str | torch.device = "cpu",
     ):
         self.network = _dinov2(path, revision).to(device).eval().requires_grad_(False)
         self.patch, depth = self.network.config.patch_size, self.network.config.num_hidden_layers
@@ -173,8 +179,10 @@ def _dinov2(path: str | Path, revision: str | None) -> nn.Module:
 
     local = Path(path).is_dir()
     if not local and revision is None:
-        raise FileNotFoundError(f"feature weights are missing: there is no folder {path}; put DINOv2 there "
-                                "(config.json, model.safetensors), or name a hub id with its revision")
+        raise FileNotFoundError(
+            f"feature weights are missing: there is no folder {path}; put DINOv2 there "
+            "(config.json, model.safetensors), or name a hub id with its revision"
+        )
     source = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
     try:
         kind = AutoConfig.from_pretrained(path, **source).model_type
@@ -183,8 +191,10 @@ def _dinov2(path: str | Path, revision: str | None) -> nn.Module:
         network, info = Dinov2Model.from_pretrained(path, use_safetensors=True, output_loading_info=True, **source)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"feature weights are missing: {path} (revision {revision}) cannot be read; "
-                                f"it needs config.json and model.safetensors: {reason}") from error
+        raise FileNotFoundError(
+            f"feature weights are missing: {path} (revision {revision}) cannot be read; "
+            f"it needs config.json and model.safetensors: {reason}"
+        ) from error
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"{path} lacks weights, among them {min(map(str, missing))}: copy the whole model")
     return network
@@ -264,8 +274,10 @@ def pooled(cond: Cond, width: int) -> Tensor:
     if isinstance(plain, dict):
         plain = plain["text_embeds"] if "text_embeds" in plain else plain["embeddings"]
     if plain is None:
-        raise ValueError(f"this judge is told a condition of width {width}, and the states have none: "
-                         "make it with condition=0, or take states with conditions")
+        raise ValueError(
+            f"this judge is told a condition of width {width}, and the states have none: "
+            "make it with condition=0, or take states with conditions"
+        )
     if not plain.is_floating_point():
         return (plain[:, None] == torch.arange(width, device=plain.device)).float()
     vector = plain.mean(1) if plain.ndim == 3 else plain
@@ -286,7 +298,10 @@ def heads_for(
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #3cae56d3
 def judgement(
-    heads: nn.Module, data: list[Tensor], made: list[Tensor], conds: tuple[Cond, Cond] = (None, None),
+    heads: nn.Module,
+    data: list[Tensor],
+    made: list[Tensor],
+    conds: tuple[Cond, Cond] = (None, None),
     images: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The logits, (n, depths) each, of features of data and of made samples, and R1.

@@ -47,13 +47,16 @@ class Edges:
         if readable(t):
             crosses = torch.searchsorted(rising, -t, right=True) != place
             if bool((end > u).any()) or bool(crosses.any()):
-                raise ValueError(f"a step of the teacher crosses one of the edges {self.edges.tolist()}, "
-                                 "or goes below the last: let the edges be nodes of its grid")
+                raise ValueError(
+                    f"a step of the teacher crosses one of the edges {self.edges.tolist()}, "
+                    "or goes below the last: let the edges be nodes of its grid"
+                )
         return end
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #4a18bbe3
 class Anywhere:
-    """A node of `grid` at or below u, drawn uniformly by torch's generator (which the trainer seeds for every update).
+    """A node of `grid` at or below u, drawn uniformly by torch's generator (which the trainer seeds for every
+    update).
     """
 
     def __init__(self, grid: Tensor):
@@ -78,7 +81,10 @@ class Consistency(Method):
     """
 
     def __init__(
-        self, teacher: Teacher | None, destination: Edges | Anywhere, target: float | None = None,
+        self,
+        teacher: Teacher | None,
+        destination: Edges | Anywhere,
+        target: float | None = None,
         distance: Distance = "huber",
     ):
         self.teacher, self.destination, self.distance = teacher, destination, check_distance(distance)
@@ -116,7 +122,10 @@ class ConsistencyTraining(Consistency):
     """
 
     def __init__(
-        self, schedule: Schedule, destination: Edges | Anywhere, target: float | None = None,
+        self,
+        schedule: Schedule,
+        destination: Edges | Anywhere,
+        target: float | None = None,
         distance: Distance = "norm_huber",
     ):
         super().__init__(None, destination, target, distance)
@@ -124,8 +133,10 @@ class ConsistencyTraining(Consistency):
 
     def step(self, states: States) -> Tensor:
         if states.x is None:
-            raise ValueError("consistency training needs the clean data of its states: "
-                             "use the roll-in Forward, not states from a walk")
+            raise ValueError(
+                "consistency training needs the clean data of its states: "
+                "use the roll-in Forward, not states from a walk"
+            )
         return ddim_update(self.line, states.z, states.x, states.t, states.s)
 
 
@@ -147,7 +158,8 @@ class RoundTrip:
     back: Tensor
 
     def losses(self, network: nn.Module, other: nn.Module, cond: Cond, distance: Distance) -> dict[str, Tensor]:
-        """The segment's consistency, and the cycle: what `other` took to the edge back must be brought to `end` again.
+        """The segment's consistency, and the cycle: what `other` took to the edge back must be brought to `end`
+        again.
         """
         arrival = jump_to(network, *self.start, self.end, cond)
         with torch.no_grad():
@@ -166,13 +178,19 @@ class BiDirectional(Method):
     """
 
     def __init__(
-        self, teacher: Teacher, edges: Tensor | Sequence[float], encoder: Denoiser, weight: float = 1.5,
+        self,
+        teacher: Teacher,
+        edges: Tensor | Sequence[float],
+        encoder: Denoiser,
+        weight: float = 1.5,
         distance: Distance = "huber",
     ):
         self.edges = check_grid(torch.as_tensor(edges, dtype=torch.float64))
         if self.edges[-1] <= 0:
-            raise ValueError("the way back cannot begin at 0, where there is no noise to tell the paths apart: "
-                             "let the grid end at a small time above it")
+            raise ValueError(
+                "the way back cannot begin at 0, where there is no noise to tell the paths apart: "
+                "let the grid end at a small time above it"
+            )
         self.teacher, self.weight, self.distance = teacher, float(weight), check_distance(distance)
         self.down, self.networks, self.asked = Edges(self.edges), {"encoder": encoder}, {"teacher": teacher.denoiser}
         self.ends = str(self.down)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import map_cond, with_inputs
 from .adversary import adversarial_loss_by_name
 from ddil.methods.base import (
-    Distance, Method, Networks, Turn, bare, check_distance, distance_between, weighted_error, weighting_by_name
+    Distance,
+    Method,
+    Networks,
+    Turn,
+    bare,
+    check_distance,
+    distance_between,
+    weighted_error,
+    weighting_by_name,
 )
 from .consistency import Anywhere, jump_to
 from ..rollins.states import States
@@ -21,7 +29,9 @@ from ..rollins.teacher import Teacher
 
 # %% ../../nbs/04_methods/05_ctm.ipynb #fe531f97
 def rows_where(mask: Tensor) -> tuple[Tensor, np.ndarray]:
-    """The rows at which a mask holds, as a tensor and as an array; all rows where the mask has no numbers (a rehearsal)."""
+    """The rows at which a mask holds, as a tensor and as an array; all rows where the mask has no numbers (a
+    rehearsal).
+    """
     if type(mask) is not Tensor:
         return torch.arange(len(mask), device=mask.device), np.arange(len(mask))
     rows = mask.nonzero().flatten()
@@ -78,8 +88,13 @@ class CTM(Method):
     """
 
     def __init__(
-        self, teacher: Teacher, target: float, distance: Distance = "huber", longest: int = 8,
-        denoising: float | str = "adaptive", weighting: str = "snr_plus_one",
+        self,
+        teacher: Teacher,
+        target: float,
+        distance: Distance = "huber",
+        longest: int = 8,
+        denoising: float | str = "adaptive",
+        weighting: str = "snr_plus_one",
     ):
         if longest < 1 or not (denoising == "adaptive" or (isinstance(denoising, (int, float)) and denoising >= 0)):
             raise ValueError(f"longest must be at least 1, denoising a weight or 'adaptive': {longest}, {denoising!r}")
@@ -117,7 +132,11 @@ class AdversarialCTM(CTM):
     """
 
     def __init__(
-        self, teacher: Teacher, target: float, discriminator: nn.Module, adversary_from: int = 0,
+        self,
+        teacher: Teacher,
+        target: float,
+        discriminator: nn.Module,
+        adversary_from: int = 0,
         **settings: float | str | Distance,
     ):
         super().__init__(teacher, target, **settings)
@@ -141,8 +160,10 @@ class AdversarialCTM(CTM):
     def discriminator_loss(self, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The hinge loss: data above 1, the student's samples below -1."""
         if states.x is None:
-            raise ValueError("the adversarial term needs the clean data of its states: "
-                             "use the roll-in Forward, not states from a walk")
+            raise ValueError(
+                "the adversarial term needs the clean data of its states: "
+                "use the roll-in Forward, not states from a walk"
+            )
         student, judge = bare(networks["student"]), networks["discriminator"]
         with torch.no_grad():
             made = jump_to(student, states.z, states.t, torch.zeros_like(states.t), states.cond)

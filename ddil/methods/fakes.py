@@ -48,7 +48,8 @@ class Delta:
     def estimate(
         self, networks: Networks, noisy: Tensor, t: Tensor, cond: Cond, x: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n, …) posterior means at (noisy, t), and what to log. x: the samples (n, …), no gradient, that were noised.
+        """(n, …) posterior means at (noisy, t), and what to log. x: the samples (n, …), no gradient, that were
+        noised.
         """
         return x, {}
 
@@ -150,8 +151,10 @@ def _labels(x: Tensor, cond: Cond) -> Tensor:
     if cond is None:
         return torch.zeros(len(x), dtype=torch.long, device=x.device)
     if not isinstance(cond, Tensor) or cond.ndim != 1 or cond.is_floating_point():
-        raise ValueError("samples can only stand for those of the same condition, and here hardly two are the same: "
-                         "conditions must be labels, or None. Learn the score with a Critic instead")
+        raise ValueError(
+            "samples can only stand for those of the same condition, and here hardly two are the same: "
+            "conditions must be labels, or None. Learn the score with a Critic instead"
+        )
     return cond
 
 
@@ -243,9 +246,7 @@ def judged(denoiser: Denoiser, states: States, layer: str | None = None, seed: i
     return Judged(denoiser, head.to(denoiser.device), layer)
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #c0b65ed3
-def denoised_and_judged(
-    fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tensor, Cond] | None
-) -> tuple[Tensor, ...]:
+def denoised_and_judged(fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tensor, Cond] | None) -> tuple[Tensor, ...]:
     """One call of the network: estimates (n, …) of noised samples x, and the times (n,) of that noise.
 
     Given data, of a `Judged` network also the logits, (n,) each, for the data and for the samples, noised on their own.
@@ -262,7 +263,8 @@ def denoised_and_judged(
 
 
 def judged_rightly(true: Tensor, made: Tensor) -> Tensor:
-    """The share of logits with the right sign, data and made samples counting alike; 1/2 for a judge that cannot tell.
+    """The share of logits with the right sign, data and made samples counting alike; 1/2 for a judge that cannot
+    tell.
     """
     return ((true > 0).float().mean() + (made < 0).float().mean()) / 2
 
@@ -275,7 +277,10 @@ class Critic(Delta):
     """
 
     def __init__(
-        self, network: Denoiser | Judged, weighting: str = "snr_plus_one", adversary: float = 0.01,
+        self,
+        network: Denoiser | Judged,
+        weighting: str = "snr_plus_one",
+        adversary: float = 0.01,
         loss: str = "softplus",
     ):
         if not adversary >= 0:
@@ -292,7 +297,8 @@ class Critic(Delta):
     def loss(
         self, fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tensor, Cond] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the network minimises on samples x of the student, and, if it judges, as many of data with conditions.
+        """What the network minimises on samples x of the student, and, if it judges, as many of data with
+        conditions.
         """
         x_hat, t, *logits = denoised_and_judged(fake, x, cond, data)
         denoising = weighted_error(x_hat, x, self._weight(bare(fake).schedule.log_snr(t))).mean()
@@ -353,8 +359,10 @@ def data_for(states: States, data: RealSamples | None, step: int, start: int = 0
     if states.x is not None:
         return states.x, states.cond
     if data is None:
-        raise ValueError("the judge needs data to compare with, and states from a walk have none: "
-                         "give the method data=RealSamples(data)")
+        raise ValueError(
+            "the judge needs data to compare with, and states from a walk have none: "
+            "give the method data=RealSamples(data)"
+        )
     return data.draw(len(states), step, start)
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #a7025137

@@ -52,8 +52,10 @@ class MatchingTerm:
 
     def __init__(self, real: Denoiser, fake: Delta, weighting: str, times: tuple[float, float]):
         if weighting not in MATCHING_WEIGHTS or not 0 < times[0] <= times[1] <= 1:
-            raise ValueError(f"weighting must be one of {', '.join(MATCHING_WEIGHTS)}, and times rise within (0, 1], "
-                             f"not {weighting!r} and {times}")
+            raise ValueError(
+                f"weighting must be one of {', '.join(MATCHING_WEIGHTS)}, and times rise within (0, 1], "
+                f"not {weighting!r} and {times}"
+            )
         self.real, self.fake, self.weighting, self.times = check_guidance(real), fake, weighting, times
 
     @torch.no_grad()
@@ -85,7 +87,8 @@ class FakeScored(Method):
         return self.fake.loss(networks["fake"], x, states.cond, data)
 
     def blame(self, names: list[str]) -> str:
-        """The fake score where its loss is not finite; the student where its samples are not, or what was said of them.
+        """The fake score where its loss is not finite; the student where its samples are not, or what was said of
+        them.
         """
         fake = bool(self.networks) and names[0] == "loss" and "contrast" not in names
         return "fake" if fake else super().blame(names)
@@ -111,8 +114,16 @@ class DistributionMatching(FakeScored):
     """
 
     def __init__(
-        self, real: Denoiser, fake: Delta, *, weighting: str = "normalised", times: tuple[float, float] = (0.02, 0.98),
-        ratio: int = 1, adversary: float = 0.0, regression: float = 0.0, distance: Distance = "l2",
+        self,
+        real: Denoiser,
+        fake: Delta,
+        *,
+        weighting: str = "normalised",
+        times: tuple[float, float] = (0.02, 0.98),
+        ratio: int = 1,
+        adversary: float = 0.0,
+        regression: float = 0.0,
+        distance: Distance = "l2",
         data: RealSamples | None = None,
     ):
         super().__init__(fake, data)
@@ -155,8 +166,12 @@ def label_term(student: Denoiser, x: Tensor, states: States, distance: Distance)
 def _check_weights(fake: Delta, ratio: int, adversary: float, regression: float) -> None:
     """Raise ValueError for settings that this fake score cannot have."""
     if ratio < 1 or (ratio > 1 and not fake.networks):
-        raise ValueError("the fake score needs at least one update for each of the student's, and none without a "
-                         f"network that learns: ratio must be {'at least 1' if fake.networks else '1'}, not {ratio}")
+        raise ValueError(
+            "the fake score needs at least one update for each of the student's, and none without a "
+            f"network that learns: ratio must be {'at least 1' if fake.networks else '1'}, not {ratio}"
+        )
     if min(adversary, regression) < 0 or (adversary and not fake.judges):
-        raise ValueError("adversary and regression must be weights of at least 0, and adversary needs a critic that "
-                         f"judges, Critic(judged(…)): {adversary}, {regression}")
+        raise ValueError(
+            "adversary and regression must be weights of at least 0, and adversary needs a critic that "
+            f"judges, Critic(judged(…)): {adversary}, {regression}"
+        )

@@ -19,7 +19,14 @@ from ..diffusion.noise import sample_noise
 from ..diffusion.schedule import RectifiedFlow
 from ..files import read_tensors, seal, unseal, write_tensors
 from ddil.methods.base import (
-    bare, check_distance, Distance, distance_between, jump, Method, weighted_error, weighting_by_name
+    bare,
+    check_distance,
+    Distance,
+    distance_between,
+    jump,
+    Method,
+    weighted_error,
+    weighting_by_name,
 )
 from ..rollins.data import TensorData
 from ..rollins.states import States
@@ -50,7 +57,11 @@ class Regression(Method):
 
 # %% ../../nbs/04_methods/03_regression.ipynb #30e89fa3
 def sfd_teacher(
-    denoiser: Denoiser, steps: int, between: int = 3, sigma_min: float = 0.006, sigma_max: float = 80.0,
+    denoiser: Denoiser,
+    steps: int,
+    between: int = 3,
+    sigma_min: float = 0.006,
+    sigma_max: float = 80.0,
     solver: Solver = ddim,
 ) -> Teacher:
     """The teacher for a student of `steps` on a Karras grid, with `between` nodes of its own between two of the
@@ -87,9 +98,17 @@ class Pairs(TensorData):
 
 # %% ../../nbs/04_methods/03_regression.ipynb #d4098de3
 def make_pairs(
-    denoiser: Denoiser, count: int, shape: Sequence[int], grid: Tensor, folder: str | Path,
-    conditions: Callable[[np.ndarray], Cond] | None = None, solver: Solver = ddim, seed: int = 0, part: int = 1024,
-    description: dict | None = None, progress: bool = False,
+    denoiser: Denoiser,
+    count: int,
+    shape: Sequence[int],
+    grid: Tensor,
+    folder: str | Path,
+    conditions: Callable[[np.ndarray], Cond] | None = None,
+    solver: Solver = ddim,
+    seed: int = 0,
+    part: int = 1024,
+    description: dict | None = None,
+    progress: bool = False,
 ) -> Pairs:
     """Noise and sample `count` times, in parts of `part` that are kept in `folder`; what is there is not made again.
 
@@ -153,8 +172,10 @@ def straightness(
     Raises ValueError for another schedule than RectifiedFlow: present the denoiser by `Rescheduled`.
     """
     if denoiser.schedule != RectifiedFlow():
-        raise ValueError(f"straightness is that of a rectified flow, not of {denoiser.schedule}: "
-                         "use Rescheduled(denoiser, RectifiedFlow())")
+        raise ValueError(
+            f"straightness is that of a rectified flow, not of {denoiser.schedule}: "
+            "use Rescheduled(denoiser, RectifiedFlow())"
+        )
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     path = sample(denoiser, ids, shape, grid, cond, trajectory=True, seed=seed)
     velocity = (path[:-1] - path[1:]) * steps  # of an Euler step, (z_t - z_s) / (t - s)

@@ -214,10 +214,12 @@ def latent_shape(family: Family, size: int, network: Mapping, factor: int) -> tu
     return network["in_channels"], size // factor, size // factor
 
 # %% ../../nbs/07_models/03_family.ipynb #d95d1abf
-UNET_LORA_TARGETS = tuple("""
+UNET_LORA_TARGETS = tuple(
+    """
 to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv
 upsamplers.0.conv time_emb_proj
-""".split())
+""".split()
+)
 
 
 def unet_denoiser(network: nn.Module, schedule: Schedule, prediction: str, null: Cond) -> TextDenoiser:
@@ -263,7 +265,7 @@ _STABLE_DIFFUSION = Family(
     null=lambda empty, index: empty,
     rows=_unet_rows,
     statistics=("scaling_factor",),
-    left_out=(("safety_checker", None), ("feature_extractor", None), ("requires_safety_checker", False))
+    left_out=(("safety_checker", None), ("feature_extractor", None), ("requires_safety_checker", False)),
 )
 _SDXL = Family(
     "StableDiffusionXL",
@@ -275,6 +277,6 @@ _SDXL = Family(
     rows=_sdxl_rows,
     statistics=("scaling_factor", "latents_mean", "latents_std"),
     index=("force_zeros_for_empty_prompt",),
-    left_out=(("feature_extractor", None),)
+    left_out=(("feature_extractor", None),),
 )
 FAMILIES = {family.pipeline: family for family in (_STABLE_DIFFUSION, _SDXL)}

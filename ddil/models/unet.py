@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ddil.diffusion.denoiser import (
-    INPUTS, PREDICTIONS, Cond, Denoiser, FurtherInputs, coefficients, readable, split_inputs, to_x, with_inputs,
+    INPUTS,
+    PREDICTIONS,
+    Cond,
+    Denoiser,
+    FurtherInputs,
+    coefficients,
+    readable,
+    split_inputs,
+    to_x,
+    with_inputs,
 )
 from ..diffusion.schedule import Schedule, Time
 
@@ -106,8 +115,10 @@ def check_inputs(inputs: Sequence[str], values: dict[str, Tensor]) -> None:
     """Raise ValueError unless `values` has all of `inputs`, and no guidance scale that is not among them."""
     missing, strange = set(inputs) - set(values), {"guidance_scale"} & set(values) - set(inputs)
     if missing or strange:
-        raise ValueError(f"this denoiser takes the inputs {list(inputs)}, and the condition has {sorted(values)}: "
-                         "see with_inputs, and Denoiser.taking for students that take more")
+        raise ValueError(
+            f"this denoiser takes the inputs {list(inputs)}, and the condition has {sorted(values)}: "
+            "see with_inputs, and Denoiser.taking for students that take more"
+        )
 
 # %% ../../nbs/07_models/01_unet.ipynb #7000a745
 class NetworkDenoiser(TakesInputs):
@@ -163,7 +174,12 @@ class ClassDenoiser(NetworkDenoiser):
     `patch`: side of the square of pixels that the network sees as channels of one (1: pixels as they are)."""
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, prediction: str = "v", knots: int = 1000, patch: int = 1,
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "v",
+        knots: int = 1000,
+        patch: int = 1,
         inputs: Sequence[str] = (),
     ):
         super().__init__(network, schedule, prediction, knots, inputs)
@@ -208,8 +224,10 @@ def check_labels(cond: Cond, n: int, num_classes: int | None) -> None:
         kind = f"{cond.dtype} of shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
         raise ValueError(f"the condition must be {n} integer labels, not {kind}")
     if readable(cond) and (cond.min() < 0 or cond.max() > num_classes):
-        raise ValueError(f"labels must be in [0, {num_classes}] ({num_classes} means no condition), "
-                         f"not from {cond.min()} to {cond.max()}")
+        raise ValueError(
+            f"labels must be in [0, {num_classes}] ({num_classes} means no condition), "
+            f"not from {cond.min()} to {cond.max()}"
+        )
 
 # %% ../../nbs/07_models/01_unet.ipynb #3d3a7c13
 class TextDenoiser(NetworkDenoiser):
@@ -220,8 +238,14 @@ class TextDenoiser(NetworkDenoiser):
     both of the empty prompt."""
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, prediction: str = "eps", null_embedding: Tensor | None = None,
-        knots: int = 1000, inputs: Sequence[str] = (), null_text_embeds: Tensor | None = None,
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "eps",
+        null_embedding: Tensor | None = None,
+        knots: int = 1000,
+        inputs: Sequence[str] = (),
+        null_text_embeds: Tensor | None = None,
     ):
         super().__init__(network, schedule, prediction, knots, inputs)
         self.register_buffer("null_embedding", null_embedding)

@@ -53,8 +53,18 @@ class DDIL(Shares):
     or each "sample". `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
     """
 
-    def states(self, student: Denoiser, teacher: Teacher, data: Data, shape: Sequence[int], updates: int, batch: int,
-               source: Source | int = Source(), solver: Solver = ddim, label: bool = True) -> RollIn:
+    def states(
+        self,
+        student: Denoiser,
+        teacher: Teacher,
+        data: Data,
+        shape: Sequence[int],
+        updates: int,
+        batch: int,
+        source: Source | int = Source(),
+        solver: Solver = ddim,
+        label: bool = True,
+    ) -> RollIn:
         """The states of a stage of `updates` batches, for any method; if none is collected, the plain forward roll-in.
 
         `solver` is the one that the student is sampled with, `label` whether the method asks where the teacher goes.

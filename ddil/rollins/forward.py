@@ -36,8 +36,13 @@ class Forward(RollIn):
     of its own (a method `noise(rows)`), that one.
     """
 
-    def __init__(self, data: Data, schedule: Schedule, grid: Tensor | Callable[[int], Tensor] | None = None,
-                 source: Source | int = Source()):
+    def __init__(
+        self,
+        data: Data,
+        schedule: Schedule,
+        grid: Tensor | Callable[[int], Tensor] | None = None,
+        source: Source | int = Source(),
+    ):
         if len(data) == 0:
             raise ValueError("the data set is empty: there is nothing to noise")
         self.data, self.schedule, self.source = data, schedule, Source.of(source)
@@ -76,8 +81,9 @@ class ConditionDropout(RollIn):
     `null` maps conditions to null conditions, as a denoiser's `null_condition` does.
     """
 
-    def __init__(self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1,
-                 source: Source | int = Source()):
+    def __init__(
+        self, rollin: RollIn, null: Callable[[Cond], Cond], probability: float = 0.1, source: Source | int = Source()
+    ):
         constant(probability)  # raises if it is not one
         self.rollin, self.null, self.probability, self.source = rollin, null, probability, Source.of(source)
         self.asks_apart = rollin.asks_apart

@@ -34,8 +34,10 @@ class Lottery:
         """(parts,): the probabilities at update `step`."""
         prior = np.array([ramp(step) for ramp in self.priors.values()])
         if abs(prior.sum() - 1) > 1e-6:
-            raise ValueError("the priors of a mixture must add up to 1, "
-                             f"at update {step} they are {dict(zip(self.priors, prior.tolist()))}")
+            raise ValueError(
+                "the priors of a mixture must add up to 1, "
+                f"at update {step} they are {dict(zip(self.priors, prior.tolist()))}"
+            )
         return prior
 
     def draw(self, n: int, step: int, asked: np.ndarray) -> np.ndarray:
@@ -63,8 +65,9 @@ class Mixture(RollIn):
     Ramps. Raises ValueError unless they add up to 1 at every update.
     """
 
-    def __init__(self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch",
-                 source: Source | int = Source()):
+    def __init__(
+        self, parts: dict[str, tuple[RollIn, float | Ramp]], mixing: str = "batch", source: Source | int = Source()
+    ):
         if not parts:
             raise ValueError("a mixture needs parts to mix")
         self.parts = {name: rollin for name, (rollin, _) in parts.items()}

@@ -27,8 +27,10 @@ class Ramp:
     def __post_init__(self) -> None:
         rising = list(self.starts) == sorted(set(self.starts)) and self.starts[:1] == (0,)
         if len(self.starts) != len(self.values) or not rising:
-            raise ValueError("a ramp needs one value for each start, and rising starts from update 0, "
-                             f"not {self.starts} and {self.values}")
+            raise ValueError(
+                "a ramp needs one value for each start, and rising starts from update 0, "
+                f"not {self.starts} and {self.values}"
+            )
         if not all(0 <= value <= 1 for value in self.values):
             raise ValueError(f"probabilities must be in [0, 1], not {self.values}")
 

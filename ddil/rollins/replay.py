@@ -64,17 +64,22 @@ class Ring:
 class Collection(RollIn):
     """A ring of the states of `rollout`, and when to collect: as soon as they have served `reuse` times on average."""
 
-    def __init__(self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0,
-                 trajectories: int | None = None):
+    def __init__(
+        self, rollout: Rollout, batch: int, capacity: int = 8192, reuse: float = 4.0, trajectories: int | None = None
+    ):
         self.rollout, self.source, self.asks_apart = rollout, rollout.source, rollout.asks_apart
         self.batch, self.reuse, self.trajectories = batch, reuse, trajectories or batch
         world, least = self.source.shard.world, rollout.nodes * batch
         if capacity // batch < rollout.nodes:
-            raise ValueError(f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states "
-                             f"for each of {batch} rows: at least {least}")
+            raise ValueError(
+                f"capacity {capacity} cannot hold one trajectory of {rollout.nodes} states "
+                f"for each of {batch} rows: at least {least}"
+            )
         if batch % self.trajectories or self.trajectories % world:
-            raise ValueError(f"{self.trajectories} roll-outs per collection must divide the batch of {batch} "
-                             f"and be shared by {world} processes: choose a batch that is a multiple of {4 * world}")
+            raise ValueError(
+                f"{self.trajectories} roll-outs per collection must divide the batch of {batch} "
+                f"and be shared by {world} processes: choose a batch that is a multiple of {4 * world}"
+            )
         if not reuse > 0:
             raise ValueError(f"reuse must be positive, not {reuse}")
         self.ring = Ring(capacity // batch, batch, self.source)

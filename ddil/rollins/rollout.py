@@ -117,12 +117,23 @@ def _noise(here: States, draws: Draws) -> Callable[[Tensor], Tensor]:
 class Walks(RollIn):
     """Who drives on walks from noise, how often, and what of a walk is kept; the transitions are counted by driver."""
 
-    def __init__(self, student: Denoiser, teacher: Teacher, shape: Sequence[int], data: Data | None = None,
-                 beta: float | Ramp = 0.5, mixing: str = "batch", label: bool = True, solver: Solver = ddim,
-                 source: Source | int = Source(), visit: str = "all"):
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Teacher,
+        shape: Sequence[int],
+        data: Data | None = None,
+        beta: float | Ramp = 0.5,
+        mixing: str = "batch",
+        label: bool = True,
+        solver: Solver = ddim,
+        source: Source | int = Source(),
+        visit: str = "all",
+    ):
         if student.schedule != teacher.denoiser.schedule:
-            raise ValueError("student and teacher must walk on one schedule, "
-                             f"not {student.schedule} and {teacher.denoiser.schedule}")
+            raise ValueError(
+                f"student and teacher must walk on one schedule, not {student.schedule} and {teacher.denoiser.schedule}"
+            )
         if visit not in ("all", "one"):
             raise ValueError(f"visit must be 'all' or 'one', not {visit!r}")
         self.wheel, self.shape, self.data = Wheel(student, teacher, solver), tuple(shape), data

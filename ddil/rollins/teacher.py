@@ -26,8 +26,9 @@ def check_strides(steps: int, stride: int, look: int) -> None:
     if stride < 1 or steps % stride:
         raise ValueError(f"a grid of {steps} steps cannot be walked {stride} steps at a time")
     if look < 1 or stride % look:
-        raise ValueError(f"labels {look} steps ahead do not divide the student's step, "
-                         f"which is {stride} of the teacher's")
+        raise ValueError(
+            f"labels {look} steps ahead do not divide the student's step, which is {stride} of the teacher's"
+        )
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #1bc8713e
 class Course:
@@ -80,13 +81,20 @@ class Teacher(Course):
     distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
     """
 
-    def __init__(self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim,
-                 look: int | None = None):
+    def __init__(
+        self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim, look: int | None = None
+    ):
         super().__init__(grid, stride, stride if look is None else look, denoiser.device)
         self.denoiser, self.solver = denoiser, solver
 
-    def advance(self, z: Tensor, t: Time, cond: Cond = None, noise: Callable[[Tensor], Tensor] = torch.randn_like,
-                steps: int | None = None) -> Tensor:
+    def advance(
+        self,
+        z: Tensor,
+        t: Time,
+        cond: Cond = None,
+        noise: Callable[[Tensor], Tensor] = torch.randn_like,
+        steps: int | None = None,
+    ) -> Tensor:
         """Where the teacher arrives `steps` of its steps (default: `look`) after (z, t).
 
         Every call starts a history of its own: a multistep solver takes the first step at first order.

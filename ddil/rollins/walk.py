@@ -68,8 +68,10 @@ class Trip:
 def check_roles(labeller: str, driver: str) -> None:
     """Raise ValueError unless it is known who labels and who drives, and the two go together."""
     if (labeller, driver) not in (("trajectory", "student"), ("trajectory", "teacher"), ("teacher", "student")):
-        raise ValueError("labeller must be 'trajectory' or, where the student drives, 'teacher', "
-                         f"and driver 'student' or 'teacher', not {labeller!r} and {driver!r}")
+        raise ValueError(
+            "labeller must be 'trajectory' or, where the student drives, 'teacher', "
+            f"and driver 'student' or 'teacher', not {labeller!r} and {driver!r}"
+        )
 
 
 def with_steps(student: Denoiser, cond: Cond, trip: Trip, n: int, device: torch.device) -> Cond:
@@ -83,14 +85,22 @@ def with_steps(student: Denoiser, cond: Cond, trip: Trip, n: int, device: torch.
 class Trips(RollIn):
     """Trips one after the other, each on the grid of one of the teachers, who take turns at random."""
 
-    def __init__(self, student: Denoiser, teacher: Teacher | Sequence[Teacher], shape: Sequence[int],
-                 data: Data | None = None, labeller: str = "trajectory", driver: str = "student",
-                 source: Source | int = Source()):
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Teacher | Sequence[Teacher],
+        shape: Sequence[int],
+        data: Data | None = None,
+        labeller: str = "trajectory",
+        driver: str = "student",
+        source: Source | int = Source(),
+    ):
         check_roles(labeller, driver)
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if any(one.denoiser.schedule != student.schedule or one.look != one.stride for one in self.teachers):
-            raise ValueError("student and teachers must walk on one schedule, "
-                             "and labels be one step of the student ahead")
+            raise ValueError(
+                "student and teachers must walk on one schedule, and labels be one step of the student ahead"
+            )
         self.student, self.shape, self.data, self.labeller, self.driver = student, tuple(shape), data, labeller, driver
         self.source, self.walks = Source.of(source).on(student.device), 0
         self.trip = self._trip()

@@ -24,16 +24,45 @@ from ..diffusion.noise import sample_noise
 from ..diffusion.wrappers import innermost
 from .multistep import adams_bashforth, dpm_solver_pp_2m, dpm_solver_pp_3m
 from ddil.solvers.steps import (
-    AnalyticFirstStep, Memory, Solver, ddim, ddim_update, dpm_solver_2, dpm_solver_pp_2s, estimate,
-    euler_update, heun, noise_estimate, rk4, walk,
+    AnalyticFirstStep,
+    Memory,
+    Solver,
+    ddim,
+    ddim_update,
+    dpm_solver_2,
+    dpm_solver_pp_2s,
+    estimate,
+    euler_update,
+    heun,
+    noise_estimate,
+    rk4,
+    walk,
 )
 from .stochastic import ancestral, consistency, ctm, renoise, tcd
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #14ba30cb
 _all_ = [
-    "AnalyticFirstStep", "Memory", "Solver", "walk", "renoise", "ddim_update", "euler_update", "noise_estimate",
-    "estimate", "ddim", "heun", "dpm_solver_2", "dpm_solver_pp_2s", "dpm_solver_pp_2m", "dpm_solver_pp_3m",
-    "adams_bashforth", "rk4", "ancestral", "consistency", "ctm", "tcd",
+    "AnalyticFirstStep",
+    "Memory",
+    "Solver",
+    "walk",
+    "renoise",
+    "ddim_update",
+    "euler_update",
+    "noise_estimate",
+    "estimate",
+    "ddim",
+    "heun",
+    "dpm_solver_2",
+    "dpm_solver_pp_2s",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_3m",
+    "adams_bashforth",
+    "rk4",
+    "ancestral",
+    "consistency",
+    "ctm",
+    "tcd",
 ]
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #1a8cb775
@@ -57,8 +86,17 @@ def solver_by_name(name: str, **options: float | bool | str) -> Solver:
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #17af69ea
 def sample(
-    denoiser: Denoiser, ids: Sequence[int], shape: Sequence[int], grid: Tensor, cond: Cond = None,
-    solver: Solver = ddim, *, seed: int = 0, batch_size: int = 256, trajectory: bool = False, progress: bool = False,
+    denoiser: Denoiser,
+    ids: Sequence[int],
+    shape: Sequence[int],
+    grid: Tensor,
+    cond: Cond = None,
+    solver: Solver = ddim,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    trajectory: bool = False,
+    progress: bool = False,
     report: dict[str, float] | None = None,
 ) -> Tensor:
     """Samples of `shape` for `ids`: sample i depends on (seed, i), its row of `cond` and the weights, not on the batch.
@@ -71,12 +109,15 @@ def sample(
     map_cond(lambda c: _check_rows(c, len(ids)), cond)
     denoiser.check_condition(cond, len(ids))
     before, begin = innermost(denoiser).evaluations, perf_counter()
-    one = partial(_walked, denoiser, shape=tuple(shape), grid=check_grid(grid), solver=solver, seed=seed,
-                  trajectory=trajectory)
+    one = partial(
+        _walked, denoiser, shape=tuple(shape), grid=check_grid(grid), solver=solver, seed=seed, trajectory=trajectory
+    )
     batches = [slice(k, k + batch_size) for k in range(0, len(ids), batch_size)]
     with torch.inference_mode():
-        parts = [one(list(ids)[rows], map_cond(lambda c: c[rows], cond))
-                 for rows in tqdm(batches, "sampling", disable=not progress)]
+        parts = [
+            one(list(ids)[rows], map_cond(lambda c: c[rows], cond))
+            for rows in tqdm(batches, "sampling", disable=not progress)
+        ]
     _check_finite(parts)
     if report is not None:
         made = innermost(denoiser).evaluations - before
@@ -85,7 +126,14 @@ def sample(
 
 # %% ../../nbs/02_solvers/04_solvers.ipynb #9b45d5af
 def _walked(
-    denoiser: Denoiser, ids: list[int], cond: Cond, *, shape: tuple[int, ...], grid: Tensor, solver: Solver, seed: int,
+    denoiser: Denoiser,
+    ids: list[int],
+    cond: Cond,
+    *,
+    shape: tuple[int, ...],
+    grid: Tensor,
+    solver: Solver,
+    seed: int,
     trajectory: bool,
 ) -> Tensor:
     """The samples, or trajectories, of one batch."""
@@ -111,5 +159,7 @@ def _check_rows(cond: Tensor, n: int) -> Tensor:
 
 def _check_finite(parts: Sequence[Tensor]) -> None:
     if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise ValueError("samples are not finite at the end of the walk: the weights hold NaN, "
-                         "or the solver diverged on this grid (try ddim, or more steps)")
+        raise ValueError(
+            "samples are not finite at the end of the walk: the weights hold NaN, "
+            "or the solver diverged on this grid (try ddim, or more steps)"
+        )

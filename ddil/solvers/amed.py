@@ -110,14 +110,23 @@ class AMED(StepPredictor):
     Raises ValueError for a base that is not a deterministic solver."""
 
     def __init__(
-        self, features: int = 0, base: str | None = None, scale_direction: float = 0.01, scale_time: float = 0.0,
+        self,
+        features: int = 0,
+        base: str | None = None,
+        scale_direction: float = 0.01,
+        scale_time: float = 0.0,
         width: int = 128,
     ):
         if base is not None and base not in ODE_SOLVERS:
             raise ValueError(f"AMED plugs into a deterministic solver, one of {', '.join(ODE_SOLVERS)}, not {base!r}")
         super().__init__(features, scale_direction, scale_time, width)
-        self.options = {"features": features, "base": base, "scale_direction": scale_direction,
-                        "scale_time": scale_time, "width": width}
+        self.options = {
+            "features": features,
+            "base": base,
+            "scale_direction": scale_direction,
+            "scale_time": scale_time,
+            "width": width,
+        }
         self.provenance: dict = {}
 
     def forward(
@@ -146,7 +155,14 @@ def _solver_step(denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Tim
 
 
 def _plugin_step(
-    base: Solver, memory: Memory, denoiser: _Answered, z: Tensor, t: Time, middle: Tensor, s: Time, c: Tensor,
+    base: Solver,
+    memory: Memory,
+    denoiser: _Answered,
+    z: Tensor,
+    t: Time,
+    middle: Tensor,
+    s: Time,
+    c: Tensor,
     cond: Cond,
 ) -> Tensor:
     """Two steps of the base solver, which remembers both: its count of steps is twice ours."""
@@ -210,9 +226,19 @@ def _detached(time: Time) -> Time:
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #900797f7
 def train_amed(
-    denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], conditions: Callable[[Tensor], Cond] | None = None,
-    base: str | None = None, *, samples: int = 10_000, batch: int = 128, learning_rate: float = 5e-3,
-    inserted: int | None = None, scale_direction: float = 0.01, scale_time: float | None = None, seed: int = 0,
+    denoiser: Denoiser,
+    grid: Tensor,
+    shape: tuple[int, ...],
+    conditions: Callable[[Tensor], Cond] | None = None,
+    base: str | None = None,
+    *,
+    samples: int = 10_000,
+    batch: int = 128,
+    learning_rate: float = 5e-3,
+    inserted: int | None = None,
+    scale_direction: float = 0.01,
+    scale_time: float | None = None,
+    seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda batches: batches,
 ) -> AMED:
     """An AMED-Solver, or with `base` a plugin, trained for sampling on `grid` (Zhou et al. 2024, algorithm 1).
@@ -230,15 +256,28 @@ def train_amed(
     optimiser = torch.optim.Adam(amed.parameters(), learning_rate)
     train = lambda k: _train_batch(amed, optimiser, denoiser, *draw(k), grid, inserted)
     losses = torch.stack([train(k) for k in progress(range(math.ceil(samples / batch)))]).tolist()
-    amed.provenance = {"solver": "AMED", **amed.options, "grid": grid.tolist(), "samples": len(losses) * batch,
-                       "batch": batch, "learning rate": learning_rate, "inserted": inserted, "seed": seed,
-                       "seconds": round(perf_counter() - begin, 2),
-                       "evaluations": innermost(denoiser).evaluations - before, **_first_and_last(losses, grid)}
+    amed.provenance = {
+        "solver": "AMED",
+        **amed.options,
+        "grid": grid.tolist(),
+        "samples": len(losses) * batch,
+        "batch": batch,
+        "learning rate": learning_rate,
+        "inserted": inserted,
+        "seed": seed,
+        "seconds": round(perf_counter() - begin, 2),
+        "evaluations": innermost(denoiser).evaluations - before,
+        **_first_and_last(losses, grid),
+    }
     return amed.requires_grad_(False)
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #7fffe644
 def _start(
-    denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], conditions: Callable[[Tensor], Cond] | None, ids: range,
+    denoiser: Denoiser,
+    grid: Tensor,
+    shape: tuple[int, ...],
+    conditions: Callable[[Tensor], Cond] | None,
+    ids: range,
     seed: int,
 ) -> tuple[Tensor, Cond]:
     """Noise at the start of the grid, and conditions, that belong to the ids."""
@@ -256,6 +295,8 @@ def _positions(denoiser: Denoiser, z: Tensor, cond: Cond, t: float) -> int:
 
 def _first_and_last(losses: list[list[float]], grid: Tensor) -> dict[str, list[float]]:
     if not all(math.isfinite(loss) for step in losses for loss in step):
-        raise ValueError(f"the loss of AMED is not finite on the grid {grid.tolist()}: "
-                         "a lower learning rate, or a grid with a smaller noise at its start")
+        raise ValueError(
+            f"the loss of AMED is not finite on the grid {grid.tolist()}: "
+            "a lower learning rate, or a grid with a smaller noise at its start"
+        )
     return {"loss at first": losses[0], "loss at last": losses[-1]}

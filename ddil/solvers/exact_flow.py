@@ -68,8 +68,10 @@ def _integrate(
     w = z.double().cpu().numpy().ravel() / scale_at(*start)
     solution = solve_ivp(slope, ends, w, "DOP853", rtol=tolerance, atol=tolerance, t_eval=ends[1:])
     if not solution.success or not np.isfinite(solution.y).all():
-        raise ValueError(f"the adaptive integration from t = {start[0]:.4g} to {stop[0]:.4g} failed "
-                         f"({solution.message}): a larger tolerance, or finite weights")
+        raise ValueError(
+            f"the adaptive integration from t = {start[0]:.4g} to {stop[0]:.4g} failed "
+            f"({solution.message}): a larger tolerance, or finite weights"
+        )
     return states(solution.y[:, -1], *stop)
 
 # %% ../../nbs/02_solvers/05_exact_flow.ipynb #d7476144

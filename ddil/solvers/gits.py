@@ -103,8 +103,16 @@ def cheapest_path(costs: Tensor, jumps: int, coefficient: float = 1.15) -> list[
 
 # %% ../../nbs/02_solvers/07_gits.ipynb #13597b95
 def trajectory_costs(
-    denoiser: Denoiser, shape: Sequence[int], fine: Tensor, cond: Cond = None, *, trajectories: int = 256,
-    metric: str = "deviation", solver: Solver = adams_bashforth, seed: int = 0, batch_size: int = 64,
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    fine: Tensor,
+    cond: Cond = None,
+    *,
+    trajectories: int = 256,
+    metric: str = "deviation",
+    solver: Solver = adams_bashforth,
+    seed: int = 0,
+    batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
     """The mean `jump_costs` between all nodes of the `fine` grid, from one fine walk of the trajectories.
@@ -127,14 +135,23 @@ def trajectory_costs(
 def _finite_sigmas(denoiser: Denoiser, stops: Sequence[float]) -> Tensor:
     sigmas = torch.tensor([sigma_over_alpha(denoiser, t, torch.empty(1)) for t in stops], dtype=torch.float64)
     if not bool(torch.isfinite(sigmas).all()):
-        raise ValueError("the fine grid starts without signal, where a jump's length is infinite: "
-                         "start it at a finite sigma / alpha, for example with karras_grid")
+        raise ValueError(
+            "the fine grid starts without signal, where a jump's length is infinite: "
+            "start it at a finite sigma / alpha, for example with karras_grid"
+        )
     return sigmas
 
 # %% ../../nbs/02_solvers/07_gits.ipynb #8be01f1a
 def search_grid(
-    denoiser: Denoiser, shape: Sequence[int], steps: int, fine: Tensor, cond: Cond = None, *,
-    coefficient: float = 1.15, costs: Tensor | None = None, **options: Any,
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    steps: int,
+    fine: Tensor,
+    cond: Cond = None,
+    *,
+    coefficient: float = 1.15,
+    costs: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """The `steps` + 1 of the `fine` grid's times, its ends included, at which few steps should stop
     (Chen et al. 2024).

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser, cast, coefficients, combine
 from ..diffusion.schedule import Time
-from ddil.solvers.steps import (
-    Memory, choose, ddim_update, euler_update, finite_ends, noise_estimate, sigma_over_alpha,
-)
+from .steps import Memory, choose, ddim_update, euler_update, finite_ends, noise_estimate, sigma_over_alpha
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #5fc19c99
 def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
@@ -33,8 +31,10 @@ def lagrange_integrals(nodes: Sequence[Time]) -> list[Time]:
 # %% ../../nbs/02_solvers/02_multistep.ipynb #6ff0babe
 def _check_steps(memory: Memory | None, order: int) -> None:
     if memory is not None and 0 < memory.steps < order:
-        raise ValueError(f"a multistep solver of order {order} needs a grid of at least {order} steps, "
-                         f"not {memory.steps}: take more steps or a lower order")
+        raise ValueError(
+            f"a multistep solver of order {order} needs a grid of at least {order} steps, "
+            f"not {memory.steps}: take more steps or a lower order"
+        )
 
 
 def _recall(
@@ -73,7 +73,13 @@ _EQUAL_STEPS = [lagrange_integrals([-float(i) for i in range(order)]) for order 
 
 
 def adams_bashforth(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None, order: int = 4,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    order: int = 4,
     variable_steps: bool = True,
 ) -> Tensor:
     """Explicit Adams-Bashforth in sigma / alpha, order 1 to 4, one evaluation.
@@ -126,8 +132,16 @@ def _polynomial_weights(h: Time, lambdas: Sequence[Time], exact_integral: bool) 
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #61ec463a
 def _multistep(
-    order: int, denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond, memory: Memory | None,
-    lower_order_final: bool, prediction: str, exact_integral: bool = False,
+    order: int,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond,
+    memory: Memory | None,
+    lower_order_final: bool,
+    prediction: str,
+    exact_integral: bool = False,
 ) -> Tensor:
     """DPM-Solver++, or DPM-Solver where `prediction` is "noise", of up to `order` remembered estimates."""
     if prediction not in ("data", "noise"):
@@ -149,8 +163,14 @@ def _multistep(
 
 # %% ../../nbs/02_solvers/02_multistep.ipynb #764fa125
 def dpm_solver_pp_2m(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
-    lower_order_final: bool = True, prediction: str = "data",
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    lower_order_final: bool = True,
+    prediction: str = "data",
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or DPM-Solver with `prediction` "noise".
 
@@ -159,8 +179,15 @@ def dpm_solver_pp_2m(
 
 
 def dpm_solver_pp_3m(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
-    lower_order_final: bool = True, prediction: str = "data", exact_integral: bool = False,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    lower_order_final: bool = True,
+    prediction: str = "data",
+    exact_integral: bool = False,
 ) -> Tensor:
     """DPM-Solver++(3M) as published, of second order.
 

@@ -59,8 +59,14 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
     network = type(getattr(denoiser, "network", denoiser)).__name__
     if complaint := _unknown(adapter, network):
         raise ValueError(f"cannot save {complaint}")
-    return {"adapter": adapter, "network": network, "schedule": schedule_to_dict(denoiser.schedule),
-            **denoiser.saved(), "guidance_distilled": denoiser.guidance_distilled, "wrappers": wrappers}
+    return {
+        "adapter": adapter,
+        "network": network,
+        "schedule": schedule_to_dict(denoiser.schedule),
+        **denoiser.saved(),
+        "guidance_distilled": denoiser.guidance_distilled,
+        "wrappers": wrappers,
+    }
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #913269ef
 def rebuild(description: dict[str, Any], folder: Path) -> Denoiser:
@@ -181,9 +187,15 @@ def _grid_of(sampler: Sampler, steps: int | None, force: bool) -> Tensor:
 
 # %% ../../nbs/02_solvers/08_sampler.ipynb #5061a8f1
 def _save(sampler: Sampler, folder: Path) -> Path:
-    description = {"ddil": ddil.__version__, "denoiser": describe(sampler.denoiser), "grid": sampler.grid.tolist(),
-                   "shape": list(sampler.shape), **_solver_to(sampler.solver, sampler.solver_options),
-                   "guidance_scale": sampler.guidance_scale, "provenance": sampler.provenance}
+    description = {
+        "ddil": ddil.__version__,
+        "denoiser": describe(sampler.denoiser),
+        "grid": sampler.grid.tolist(),
+        "shape": list(sampler.shape),
+        **_solver_to(sampler.solver, sampler.solver_options),
+        "guidance_scale": sampler.guidance_scale,
+        "provenance": sampler.provenance,
+    }
     aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     base = innermost(sampler.denoiser)
@@ -210,5 +222,7 @@ def _load(folder: Path, device: str | torch.device) -> Sampler:
         rest = description["guidance_scale"], description["provenance"]
         return Sampler(denoiser, grid, shape, solver, *rest, options)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} cannot be read by ddil {ddil.__version__} (it was written by "
-                         f"{description.get('ddil')}): {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{folder} cannot be read by ddil {ddil.__version__} (it was written by "
+            f"{description.get('ddil')}): {type(error).__name__}: {error}"
+        ) from error

@@ -85,7 +85,11 @@ def ddim_target(schedule: Schedule, z: Tensor, t: Time, z_s: Tensor, s: Time) ->
 
 # %% ../../nbs/02_solvers/01_steps.ipynb #632e9c8f
 def walk(
-    denoiser: Denoiser, z: Tensor, grid: Tensor, cond: Cond = None, solver: Solver = ddim,
+    denoiser: Denoiser,
+    z: Tensor,
+    grid: Tensor,
+    cond: Cond = None,
+    solver: Solver = ddim,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Iterator[Tensor]:
     """Yield the states at grid[1], grid[2], …, starting from `z` at grid[0].

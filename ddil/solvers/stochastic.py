@@ -68,8 +68,15 @@ def consistency(
 
 # %% ../../nbs/02_solvers/03_stochastic.ipynb #57c2b0c6
 def ctm(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
-    gamma: float = 0.5, t_min: float = 0.0, jump: Solver = ddim,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    gamma: float = 0.5,
+    t_min: float = 0.0,
+    jump: Solver = ddim,
 ) -> Tensor:
     """A jump beyond `s` by `gamma` in [0, 1], between s (0) and `t_min` (1), and noise back to it
     (Kim et al. 2023, algorithm 3)."""
@@ -83,8 +90,15 @@ def ctm(
 
 
 def tcd(
-    denoiser: Denoiser, z: Tensor, t: Time, s: Time, cond: Cond = None, memory: Memory | None = None,
-    eta: float = 0.3, knots: int | None = 1000, jump: Solver = ddim,
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Time,
+    s: Time,
+    cond: Cond = None,
+    memory: Memory | None = None,
+    eta: float = 0.3,
+    knots: int | None = 1000,
+    jump: Solver = ddim,
 ) -> Tensor:
     """A jump beyond `s` by `eta` in [0, 1] of the model's own time, in whole steps of its `knots` (None: continuous),
     and noise back to it (Zheng et al. 2024, algorithm 2)."""

@@ -19,7 +19,8 @@ class Follower:
     towards the student's, decay in [0, 1).
 
     `network`: a copy of the student, placed as it is, whose weights are to be the average, so that it can be asked;
-    without one the average is tensors alone. `early`: use the smaller decay (1 + n) / (10 + n) after update n while it is
+    without one the average is tensors alone. `early`: use the smaller decay (1 + n) / (10 + n) after update n while it
+    is
     smaller, so that a young average forgets the initial weights. Raises ValueError for another decay.
     """
 

@@ -73,8 +73,9 @@ class Watch(Best):
         """
         figures = self.measure(student)
         if self.best not in figures:
-            raise ValueError(f"the best student is to be chosen by {self.best!r}, but what is measured is "
-                             f"{', '.join(figures)}")
+            raise ValueError(
+                f"the best student is to be chosen by {self.best!r}, but what is measured is {', '.join(figures)}"
+            )
         value = figures[self.best]
         if math.isfinite(value) and (self.value is None or (value > self.value if self.higher else value < self.value)):
             self.keep(student, value, step, write)

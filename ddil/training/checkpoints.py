@@ -29,24 +29,44 @@ __all__ = ['UNIMPORTANT', 'fingerprint', 'check_same_run', 'latest_checkpoint', 
 UNIMPORTANT = ("log_every", "checkpoint_every", "gradient_checkpointing")
 
 
-def fingerprint(networks: dict[str, nn.Module], method: Method, rollin: RollIn, settings: Settings, distribution: Replicated, identity: dict | None = None) -> dict:
-    """Plain values that decide a run; a checkpoint of another fingerprint is refused. `networks`: those that learn, by name, with the "student"."""
+def fingerprint(
+    networks: dict[str, nn.Module],
+    method: Method,
+    rollin: RollIn,
+    settings: Settings,
+    distribution: Replicated,
+    identity: dict | None = None,
+) -> dict:
+    """Plain values that decide a run; a checkpoint of another fingerprint is refused. `networks`: those that learn,
+    by name, with the "student".
+    """
     chosen = {key: value for key, value in settings.model_dump().items() if key not in UNIMPORTANT}
-    shapes = {name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in networks.items()}
+    shapes = {
+        name: [[key, list(value.shape)] for key, value in kept(network).items()] for name, network in networks.items()
+    }
     return {
-        **chosen, "betas": list(settings.betas), **method.describe(), "roll-in": type(rollin).__name__,
-        "processes": distribution.accelerator.num_processes, "precision": distribution.accelerator.mixed_precision,
+        **chosen,
+        "betas": list(settings.betas),
+        **method.describe(),
+        "roll-in": type(rollin).__name__,
+        "processes": distribution.accelerator.num_processes,
+        "precision": distribution.accelerator.mixed_precision,
         "schedule": schedule_to_dict(networks["student"].schedule),
-        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16], **(identity or {}),
+        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        **(identity or {}),
     }
 
 
 def check_same_run(place: Path, mine: dict, theirs: dict) -> None:
-    """Raise ValueError, naming what differs, unless the fingerprint in `place` ("there") is that of this run ("here")."""
+    """Raise ValueError, naming what differs, unless the fingerprint in `place` ("there") is that of this run
+    ("here").
+    """
     names = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if names:
         differences = "; ".join(f"{key} {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in names)
-        raise ValueError(f"{place} belongs to another run: {differences}. Use another folder, or delete it to start anew")
+        raise ValueError(
+            f"{place} belongs to another run: {differences}. Use another folder, or delete it to start anew"
+        )
 
 # %% ../../nbs/06_training/05_checkpoints.ipynb #28847f27
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -74,7 +94,9 @@ class Checkpoints:
         self.folder, self.fingerprint, self.distribution = folder, fingerprint, distribution
         self.accelerator = distribution.accelerator
 
-    def save(self, update: int, shared: dict[str, dict[str, Tensor]], own: dict[str, dict[str, Tensor]], description: dict) -> None:
+    def save(
+        self, update: int, shared: dict[str, dict[str, Tensor]], own: dict[str, dict[str, Tensor]], description: dict
+    ) -> None:
         """Seal a checkpoint after an update. `shared`, `own`: tensors of all processes and of this one, by file."""
         place = self.folder / "checkpoints" / f"update-{update:08d}"
         aside, first = place.with_name(f"writing-{update:08d}"), self.accelerator.is_main_process
@@ -115,4 +137,6 @@ def alone(folder: Path | None) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RuntimeError(f"another run is training in {folder}: wait for it, stop it, or use another folder") from None
+        raise RuntimeError(
+            f"another run is training in {folder}: wait for it, stop it, or use another folder"
+        ) from None

@@ -50,7 +50,9 @@ def means(numbers: list[Number]) -> dict[str, float]:
 
 # %% ../../nbs/06_training/04_journal.ipynb #c1984423
 class Journal:
-    """What a run has said so far: `lines`, which are also in folder/log.jsonl if there is a folder, and numbers that wait."""
+    """What a run has said so far: `lines`, which are also in folder/log.jsonl if there is a folder, and numbers
+    that wait.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: Path | None = None):
         self.accelerator, self.folder = accelerator, folder
@@ -113,20 +115,26 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class DivergingCritic(NonFiniteLoss):
-    """A network that learns beside the student (a judge, a fake score) diverged: its numbers are not finite, or its loss
+    """A network that learns beside the student (a judge, a fake score) diverged: its numbers are not finite, or its
+    loss
     is far above its running level."""
 
 
 def far_above(value: float, past: list[float], bound: float = 100.0) -> bool:
-    """Whether a critic's loss is more than `bound` times its running level: the median of its `past`, or 1 if that is less
+    """Whether a critic's loss is more than `bound` times its running level: the median of its `past`, or 1 if that is
+    less
     (a judge that is always right has no loss at all). The first three are not judged."""
     return len(past) >= 3 and value > bound * max(1.0, statistics.median(past))
 
 # %% ../../nbs/06_training/04_journal.ipynb #c6c104fe
 class Guard:
-    """Ends a run that diverges. `critics`: the networks beside the student; `latest`: gives the last good checkpoint, or None."""
+    """Ends a run that diverges. `critics`: the networks beside the student; `latest`: gives the last good
+    checkpoint, or None.
+    """
 
-    def __init__(self, method: Method, settings: Settings, scaled: bool = False, latest: Callable[[], Path | None] = lambda: None):
+    def __init__(
+        self, method: Method, settings: Settings, scaled: bool = False, latest: Callable[[], Path | None] = lambda: None
+    ):
         self.method, self.settings, self.scaled, self.latest = method, settings, scaled, latest
 
     def check(self, numbers: list[Number], lines: list[dict[str, float]]) -> None:
@@ -143,16 +151,22 @@ class Guard:
             name, level = f"{network} loss", means(numbers).get(f"{network} loss", 0.0)
             if far_above(level, [line[name] for line in lines if name in line]):
                 update = numbers[-1].update
-                raise self.error(network, f"{name} has risen to {level:.3g}, far above its running level, by update {update}")
+                raise self.error(
+                    network, f"{name} has risen to {level:.3g}, far above its running level, by update {update}"
+                )
 
     def error(self, network: str, what: str) -> NonFiniteLoss:
         """The error that says `what` happened to a network, and what to try."""
         settings, rate = self.settings, self.settings.learning_rate * self.method.rates.get(network, 1.0)
         story = f"{what} of {settings.updates}. Last good checkpoint: {self.latest() or 'none'}. "
         if network == "student":
-            return NonFiniteLoss(f"training diverged: {story}Lower the learning rate (now {rate:g}) or the clip "
-                                 f"(now {settings.clip:g}), or reflect the predictions")
+            return NonFiniteLoss(
+                f"training diverged: {story}Lower the learning rate (now {rate:g}) or the clip "
+                f"(now {settings.clip:g}), or reflect the predictions"
+            )
         kind = type(self.method.networks[network]).__name__
-        return DivergingCritic(f"the {network} (a {kind}) diverged: {story}Lower its learning rate (now {rate:g}; the method's "
-                               f"rates set it apart from the student's) or the clip (now {settings.clip:g}), or regularise it "
-                               "more strongly")
+        return DivergingCritic(
+            f"the {network} (a {kind}) diverged: {story}Lower its learning rate (now {rate:g}; the method's "
+            f"rates set it apart from the student's) or the clip (now {settings.clip:g}), or regularise it "
+            "more strongly"
+        )

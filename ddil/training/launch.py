@@ -25,7 +25,10 @@ __all__ = ['FSDP2', 'DISTRIBUTIONS', 'VARIABLES', 'configuration', 'write_config
            'check_places', 'launch']
 
 # %% ../../nbs/06_training/09_launch.ipynb #206cebd4
-FSDP2 = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}  # what is gathered at a time: see ddil.training.parallel
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "NO_WRAP",
+}  # what is gathered at a time: see ddil.training.parallel
 DISTRIBUTIONS: dict[str, dict] = {
     "ddp": {"distributed_type": "MULTI_GPU"},
     "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {**FSDP2, "fsdp_reshard_after_forward": True}},
@@ -38,8 +41,13 @@ VARIABLES: dict[str, dict[str, str]] = {  # what `accelerate launch` would set
 }
 
 # %% ../../nbs/06_training/09_launch.ipynb #171e8236
-def configuration(distribution: str, processes: int, nodes: int = 1, precision: str = "no",
-                  environment: Mapping[str, str] = os.environ) -> dict:
+def configuration(
+    distribution: str,
+    processes: int,
+    nodes: int = 1,
+    precision: str = "no",
+    environment: Mapping[str, str] = os.environ,
+) -> dict:
     """What `accelerate launch --config_file` takes: `processes` on each of `nodes` machines.
 
     Of several machines, this one's place is read from `environment` (see `rendezvous`).
@@ -47,14 +55,22 @@ def configuration(distribution: str, processes: int, nodes: int = 1, precision: 
     check_distribution(distribution)
     names = ("machine_rank", "main_process_ip", "main_process_port")
     place = {"machine_rank": 0} if nodes == 1 else dict(zip(names, rendezvous(environment)))
-    common = {"compute_environment": "LOCAL_MACHINE", "num_processes": processes * nodes, "num_machines": nodes,
-              "mixed_precision": precision, "rdzv_backend": "static", "same_network": True, "use_cpu": False}
+    common = {
+        "compute_environment": "LOCAL_MACHINE",
+        "num_processes": processes * nodes,
+        "num_machines": nodes,
+        "mixed_precision": precision,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": False,
+    }
     alone = {"distributed_type": "NO"} if processes * nodes == 1 and distribution == "ddp" else {}
     return {**common, **place, **DISTRIBUTIONS[distribution], **alone}
 
 
-def write_configuration(path: str | Path, distribution: str, processes: int, nodes: int = 1,
-                        precision: str = "no") -> Path:
+def write_configuration(
+    path: str | Path, distribution: str, processes: int, nodes: int = 1, precision: str = "no"
+) -> Path:
     """Write the configuration as the yaml file that accelerate reads, and return its path."""
     write_text(path, yaml.safe_dump(configuration(distribution, processes, nodes, precision), sort_keys=False))
     return Path(path)
@@ -78,8 +94,10 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[int, str, i
     own = str(20000 + zlib.crc32(job.encode()) % 20000) if job else None  # one port for each job
     port = environment.get("MASTER_PORT") or own
     if rank is None or address is None or port is None:
-        raise RuntimeError("several machines need to know where they meet: start one copy on each "
-                           "(srun --ntasks-per-node=1 …), or set NODE_RANK, MASTER_ADDR and MASTER_PORT")
+        raise RuntimeError(
+            "several machines need to know where they meet: start one copy on each "
+            "(srun --ntasks-per-node=1 …), or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
+        )
     return int(rank), address, int(port)
 
 # %% ../../nbs/06_training/09_launch.ipynb #f1c9c2cc
@@ -90,8 +108,10 @@ def check_places(distribution: str, processes: int, nodes: int, device: str) -> 
         raise ValueError(f"there must be at least one process on at least one node, not {processes} on {nodes}")
     cards = 0 if device == "cpu" else torch.cuda.device_count()
     if cards and processes > cards or device == "cuda" and not cards:
-        raise ValueError(f"{processes} processes need as many GPUs, and this machine shows {cards}: "
-                         "ask for fewer, or for device='cpu'")
+        raise ValueError(
+            f"{processes} processes need as many GPUs, and this machine shows {cards}: "
+            "ask for fewer, or for device='cpu'"
+        )
 
 
 def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
@@ -99,7 +119,16 @@ def _command(task: Path, module: str, processes: int, nodes: int) -> list[str]:
     if nodes > 1:
         rank, address, port = rendezvous()
         meeting = [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
-    return [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}", "-m", module, str(task)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *meeting,
+        f"--nproc_per_node={processes}",
+        "-m",
+        module,
+        str(task),
+    ]
 
 # %% ../../nbs/06_training/09_launch.ipynb #048519ac
 def _on_every_node(*arguments: Any, nodes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -122,8 +151,9 @@ def _end(run: subprocess.Popen, patience: float = 3.0) -> None:
         process.kill()
 
 # %% ../../nbs/06_training/09_launch.ipynb #c1fe0767
-def launch(task: str | Path, module: str, distribution: str = "ddp", processes: int = 1, nodes: int = 1,
-           device: str = "auto") -> None:
+def launch(
+    task: str | Path, module: str, distribution: str = "ddp", processes: int = 1, nodes: int = 1, device: str = "auto"
+) -> None:
     """Run `python -m module task` in `processes` processes on each of `nodes` machines, and show what they say.
 
     On several machines every one calls this, or, where DDIL_SRUN is set, the first one for all. Interrupted, it takes

@@ -34,7 +34,8 @@ def trained(network: nn.Module) -> list[nn.Parameter]:
 
 
 def kept(network: nn.Module, learner: nn.Module | None = None) -> dict[str, Tensor]:
-    """The tensors, by name, that training may change: parameters that learn (in `learner`, if another network decides that)
+    """The tensors, by name, that training may change: parameters that learn (in `learner`, if another network decides
+    that)
     and buffers. They share memory with the network."""
     frozen = {name for name, p in (learner or network).named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: value for name, value in network.state_dict().items() if name not in frozen}
@@ -61,13 +62,17 @@ def fill(live: Tensor, value: Tensor) -> None:
 
 
 def fill_all(live: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
-    """Write `values` into `live`. Raises ValueError, naming what differs, unless both hold the same names and shapes."""
+    """Write `values` into `live`. Raises ValueError, naming what differs, unless both hold the same names and
+    shapes.
+    """
     mine, theirs = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (live, values))
     differing = sorted(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
     if differing:
         name, more = differing[0], len(differing) - 1
-        raise ValueError(f"{what} holds other tensors than are trained here: {name} is {theirs.get(name)} there, "
-                         f"{mine.get(name)} here, and {more} more differ")
+        raise ValueError(
+            f"{what} holds other tensors than are trained here: {name} is {theirs.get(name)} there, "
+            f"{mine.get(name)} here, and {more} more differ"
+        )
     for name, tensor in live.items():
         fill(tensor, values[name])
 
@@ -77,7 +82,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state, by names that safetensors can hold. `parameters`: the network's, in the optimiser's order."""
+    """The optimiser's state, by names that safetensors can hold. `parameters`: the network's, in the optimiser's
+    order.
+    """
     tensors = {}
     for index, (mine, parameter) in enumerate(zip(_parameters(optimizer), parameters, strict=True)):
         for key, value in optimizer.state[mine].items():
@@ -88,7 +95,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: list[nn.Para
     return tensors
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     """Set the optimiser's state to these whole tensors (all processes call this)."""
     ours = _parameters(optimizer)
     for name, value in tensors.items():
@@ -133,7 +142,9 @@ class Replicated:
     def check(self, networks: dict[str, nn.Module], rollin: RollIn, optimizer: str) -> None:
         """Raise ValueError for what this distribution cannot train, before anything is placed."""
 
-    def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def place(
+        self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The network as the loss is to call it, and its optimiser."""
         prepared, optimizer = self.accelerator.prepare(network), make(trained(network))
         # Accelerate's wrapper is needed where gradients are scaled (fp16); elsewhere it only costs time at every step.
@@ -165,11 +176,16 @@ class Replicated:
 
 # %% ../../nbs/06_training/08_parallel.ipynb #cb072a3e
 def networks_of(module: nn.Module) -> list[nn.Module]:
-    """The networks inside a denoiser (of another module: itself). Raises ValueError if a denoiser has parameters of its own."""
+    """The networks inside a denoiser (of another module: itself). Raises ValueError if a denoiser has parameters of
+    its own.
+    """
     if not isinstance(module, Denoiser):
         return [module] if any(True for _ in module.parameters()) else []
     if any(True for _ in module.parameters(recurse=False)):
-        raise ValueError(f"{type(module).__name__} has parameters of its own, which cannot be sharded: put them into a network inside it")
+        raise ValueError(
+            f"{type(module).__name__} has parameters of its own, which cannot be "
+            f"sharded: put them into a network inside it"
+        )
     return [network for child in module.children() for network in networks_of(child)]
 
 # %% ../../nbs/06_training/08_parallel.ipynb #c2d138a4
@@ -204,8 +220,9 @@ class SharedOut(Replicated):
         reduce = half and torch.float32
         self.policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduce, cast_forward_inputs=False)
 
-    def place(self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-              ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def place(
+        self, network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         self.place_follower(network)
         return network, make([nn.Parameter(local(p)) for p in trained(network)])
 
@@ -237,11 +254,15 @@ class Sharded(SharedOut):
             raise ValueError(f"the optimiser 'adamw8bit' does not know sharded parameters: choose 'adamw', {ddp}")
         shared = [name for name, network in networks.items() if shares_network(network)]
         if shared:
-            raise ValueError(f"{self.name} shares out whole networks, and {', '.join(shared)} consists of adapters "
-                             "on a frozen one that others use, too: choose the distribution 'ddp'")
+            raise ValueError(
+                f"{self.name} shares out whole networks, and {', '.join(shared)} consists of adapters "
+                "on a frozen one that others use, too: choose the distribution 'ddp'"
+            )
         if rollin.asks_apart and not self.whole:
-            raise ValueError("under FSDP2 all processes must call the networks together, and with mixing='sample' "
-                             f"each calls them for the rows that it drew: choose mixing='batch', {ddp}")
+            raise ValueError(
+                "under FSDP2 all processes must call the networks together, and with mixing='sample' "
+                f"each calls them for the rows that it drew: choose mixing='batch', {ddp}"
+            )
 
     def part(self, network: nn.Module, last: bool) -> AbstractContextManager:
         return nullcontext()  # every part's gradient is shared out at once: whole ones would not fit
@@ -261,7 +282,9 @@ class Sharded(SharedOut):
 
 # %% ../../nbs/06_training/08_parallel.ipynb #38caffa3
 def step_shares(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float) -> Tensor:
-    """Clip the gradients of shared `parameters` to norm `clip`, all together, and step an optimiser of their shares. Returns the norm before."""
+    """Clip the gradients of shared `parameters` to norm `clip`, all together, and step an optimiser of their
+    shares. Returns the norm before.
+    """
     ours = _parameters(optimizer)
     for mine, parameter in zip(ours, parameters, strict=True):
         mine.grad = None if parameter.grad is None else local(parameter.grad)
@@ -276,7 +299,9 @@ def step_shares(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
 
 # %% ../../nbs/06_training/08_parallel.ipynb #aec60d11
 class ZeRO2(Sharded):
-    """Each process holds the whole network during an update, and always its share of parameters, gradients and moments."""
+    """Each process holds the whole network during an update, and always its share of parameters, gradients and
+    moments.
+    """
 
     name, whole = "zero2", True
 
@@ -297,7 +322,9 @@ def distribution_of(accelerator: Accelerator, clip: float = 1.0) -> Replicated:
     if not asked_for("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
         return Replicated(accelerator, clip)
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("this is FSDP's first version: write `fsdp_version: 2` into the configuration (see ddil.training.launch)")
+        raise ValueError(
+            "this is FSDP's first version: write `fsdp_version: 2` into the configuration (see ddil.training.launch)"
+        )
     kind = Sharded if asked_for("FSDP_RESHARD_AFTER_FORWARD", "true") else ZeRO2
     return kind(accelerator, clip)
 
@@ -314,6 +341,8 @@ def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=precision)
     meant = int(os.environ.get("DDIL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     if accelerator.num_processes != meant:
-        raise RuntimeError(f"launched as {meant} processes but accelerate sees {accelerator.num_processes}: start with "
-                           "`python -m torch.distributed.run`, `accelerate launch` or ddil.training.launch")
+        raise RuntimeError(
+            f"launched as {meant} processes but accelerate sees {accelerator.num_processes}: start with "
+            "`python -m torch.distributed.run`, `accelerate launch` or ddil.training.launch"
+        )
     return accelerator

@@ -46,26 +46,41 @@ class Settings(Form):
         return self.learning_rate * rising * (1 - step / self.updates if self.decay == "linear" else 1.0)
 
 # %% ../../nbs/06_training/01_settings.ipynb #dc1240af
-def make_optimizer(settings: Settings, parameters: list[nn.Parameter], name: str = "this network") -> torch.optim.Optimizer:
-    """The optimiser of some parameters. Raises ValueError if there are none or they are not float32, ModuleNotFoundError naming the package that is missing."""
+def make_optimizer(
+    settings: Settings, parameters: list[nn.Parameter], name: str = "this network"
+) -> torch.optim.Optimizer:
+    """The optimiser of some parameters. Raises ValueError if there are none or they are not float32,
+    ModuleNotFoundError naming the package that is missing.
+    """
     if not parameters:
         raise ValueError(f"{name} has no trainable parameters")
     if coarse := {p.dtype for p in parameters} - {torch.float32, torch.float64}:
-        raise ValueError(f"{name} has trainable parameters in {coarse.pop()}, in which small updates are lost: keep them in float32, and compute in precision 'bf16'")
+        raise ValueError(
+            f"{name} has trainable parameters in {coarse.pop()}, in which small updates are lost: keep "
+            f"them in float32, and compute in precision 'bf16'"
+        )
     options = {"lr": settings.learning_rate, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ModuleNotFoundError(f"optimizer='adamw8bit' needs the package bitsandbytes ({error}): pip install bitsandbytes, or choose 'adamw'") from error
+        raise ModuleNotFoundError(
+            f"optimizer='adamw8bit' needs the package bitsandbytes ({error}): pip "
+            f"install bitsandbytes, or choose 'adamw'"
+        ) from error
     return AdamW8bit(parameters, **options)
 
 # %% ../../nbs/06_training/01_settings.ipynb #8c5c1a44
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Let the network in a denoiser compute activations again instead of keeping them. Raises ValueError, naming the class, for one that cannot."""
+    """Let the network in a denoiser compute activations again instead of keeping them. Raises ValueError, naming
+    the class, for one that cannot.
+    """
     inner = innermost(network)
     try:
         inner.checkpoint_gradients()
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"{type(getattr(inner, 'network', inner)).__name__} has no gradient checkpointing ({error}): set gradient_checkpointing=False") from error
+        raise ValueError(
+            f"{type(getattr(inner, 'network', inner)).__name__} has no gradient checkpointing "
+            f"({error}): set gradient_checkpointing=False"
+        ) from error

@@ -31,8 +31,13 @@ __all__ = ['accumulate', 'Learners', 'weights_of', 'moments_of', 'restore', 'Tra
            'Recorded', 'Trainer']
 
 # %% ../../nbs/06_training/07_trainer.ipynb #15d828b2
-def accumulate(loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]], states: States, parts: int,
-               network: nn.Module, distribution: Replicated) -> dict[str, Tensor]:
+def accumulate(
+    loss: Callable[[States], tuple[Tensor, dict[str, Tensor]]],
+    states: States,
+    parts: int,
+    network: nn.Module,
+    distribution: Replicated,
+) -> dict[str, Tensor]:
     """Add the gradient of the mean loss of `states`, taken in so many parts, to `network`.
 
     Returns the loss and what it logs.
@@ -122,10 +127,18 @@ def restore(learners: Learners, checkpoint: Checkpoint) -> None:
 class Training:
     """What a training consists of, placed on the devices, and where it stands: after update `step`."""
 
-    def __init__(self, student: Denoiser, method: Method, rollin: RollIn, settings: Settings = Settings(),
-                 folder: str | Path | None = None, accelerator: Accelerator | None = None,
-                 progress: Callable[[Iterable], Iterable] = iter, identity: dict | None = None,
-                 watch: Watch | None = None):
+    def __init__(
+        self,
+        student: Denoiser,
+        method: Method,
+        rollin: RollIn,
+        settings: Settings = Settings(),
+        folder: str | Path | None = None,
+        accelerator: Accelerator | None = None,
+        progress: Callable[[Iterable], Iterable] = iter,
+        identity: dict | None = None,
+        watch: Watch | None = None,
+    ):
         self.student, self.method, self.rollin = student, method, rollin
         self.settings, self.progress, self.watch = settings, progress, watch
         self.accelerator = accelerator or make_accelerator("cpu" if student.device.type == "cpu" else "auto")
@@ -215,8 +228,17 @@ class Recorded(Training):
         self.guard.check(numbers, self.history)
         figures = self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {}
         counts = {f"{name} evaluations": count for name, count in self.counts.total(self.accelerator).items()}
-        self.journal.write({"update": self.step, **means(numbers), "learning rate": self.settings.rate(self.step - 1),
-                            "seconds": self.seconds, **counts, **self.rollin.log(), **figures})
+        self.journal.write(
+            {
+                "update": self.step,
+                **means(numbers),
+                "learning rate": self.settings.rate(self.step - 1),
+                "seconds": self.seconds,
+                **counts,
+                **self.rollin.log(),
+                **figures,
+            }
+        )
 
 # %% ../../nbs/06_training/07_trainer.ipynb #37707647
 class Trainer(Recorded):

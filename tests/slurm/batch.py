@@ -1,4 +1,6 @@
-"""A batch on a real SLURM: six runs, of which one fails, one is killed and one trains on two nodes; and a runner that is killed, too. Started by run.sh."""
+"""A batch on a real SLURM: six runs, of which one fails, one is killed and one trains on two nodes; and a runner
+that is killed, too. Started by run.sh.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from pathlib import Path
 torch.distributed.init_process_group("gloo")
 total = torch.tensor(float(torch.distributed.get_rank()))
 torch.distributed.all_reduce(total)
-Path(json.loads(Path(sys.argv[1]).read_text())["output"], f"rank-{torch.distributed.get_rank()}").write_text(f"{total.item()} {os.environ['SLURMD_NODENAME']}")
+output = json.loads(Path(sys.argv[1]).read_text())["output"]
+place = Path(output, f"rank-{torch.distributed.get_rank()}")
+place.write_text(f"{total.item()} {os.environ['SLURMD_NODENAME']}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -53,7 +57,9 @@ runs:
 
 def queue() -> dict[str, str]:
     """Jobs in SLURM's queue and their states."""
-    told = subprocess.run(["squeue", "--noheader", "--array", "--format", "%i|%T"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format", "%i|%T"], capture_output=True, text=True, check=True
+    )
     return dict(line.split("|") for line in told.stdout.split())
 
 
@@ -79,7 +85,9 @@ def main() -> None:
     command = [sys.executable, "-c", RUNNER, "small.yaml", "--executor", "slurm", "--partition", "main"]
 
     refused = subprocess.run([*command[:-1], "nowhere"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "SLURM refuses" in refused.stderr and "invalid partition" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and "SLURM refuses" in refused.stderr and "invalid partition" in refused.stderr, (
+        refused.stderr
+    )
     show("a runner sends all, and is killed while two runs are at work")
     one = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     until(lambda: at("killed") >= 3 and at("slow") >= 3, 90)
@@ -97,11 +105,20 @@ def main() -> None:
     print(two.stdout, two.stderr)
     assert two.returncode == 1
     assert Path("runs/small/wide/done.json").exists(), Path("runs/small/wide/.run/log.txt").read_text()
-    steps = {name: [line.split() for line in Path(f"runs/small/{name}/trace").read_text().splitlines()] for name in ("first", "reader", "failing", "killed", "slow")}
-    assert job("slow") == jobs["slow"] and [int(step) for step, _ in steps["slow"]] == list(range(60)), "the run that went on was taken over, not begun again"
+    steps = {
+        name: [line.split() for line in Path(f"runs/small/{name}/trace").read_text().splitlines()]
+        for name in ("first", "reader", "failing", "killed", "slow")
+    }
+    assert job("slow") == jobs["slow"] and [int(step) for step, _ in steps["slow"]] == list(range(60)), (
+        "the run that went on was taken over, not begun again"
+    )
     assert len({process for _, process in steps["slow"]}) == 1
-    assert sorted({int(step) for step, _ in steps["killed"]}) == list(range(100)) and len(steps["killed"]) <= 101, "the killed run lost its step alone"
-    assert [int(step) for step, _ in steps["failing"]] == [0, 1] and read_json(Path("runs/small/failing/failed.json"))["error"].startswith("RuntimeError")
+    assert sorted({int(step) for step, _ in steps["killed"]}) == list(range(100)) and len(steps["killed"]) <= 101, (
+        "the killed run lost its step alone"
+    )
+    assert [int(step) for step, _ in steps["failing"]] == [0, 1] and read_json(Path("runs/small/failing/failed.json"))[
+        "error"
+    ].startswith("RuntimeError")
     ranks = sorted(path.read_text().split() for path in Path("runs/small/wide").glob("rank-*"))
     assert ranks == [["6.0", "one"], ["6.0", "one"], ["6.0", "two"], ["6.0", "two"]], ranks
     show("the failing one is mended, and asked for again")
@@ -111,12 +128,16 @@ def main() -> None:
     assert three.returncode == 0 and not queue()
     schedule = Scheduler(check_batches(["small.yaml"]), Slurm())
     schedule.round()
-    assert {task.state for task in schedule.tasks} == {"done"} or [task.run.name for task in schedule.tasks if task.state != "done"] == ["reader"]
+    assert {task.state for task in schedule.tasks} == {"done"} or [
+        task.run.name for task in schedule.tasks if task.state != "done"
+    ] == ["reader"]
     show("all is as it should be")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=os.environ.get("SHARED")) as place:  # on a cluster SHARED must name a folder that all nodes see
+    with tempfile.TemporaryDirectory(
+        dir=os.environ.get("SHARED")
+    ) as place:  # on a cluster SHARED must name a folder that all nodes see
         os.chdir(place)
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{place}"
         main()
