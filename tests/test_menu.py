@@ -288,7 +288,7 @@ def test_states_that_have_no_place_are_refused(name: str) -> None:
 
 def test_an_option_of_another_problem_is_refused() -> None:
     """With the problem that it belongs to."""
-    with pytest.raises(UnusableValues, match="size = 32: it is an option of the problem scenes, not of .* on digits"):
+    with pytest.raises(UnusableValues, match="size = 32: it is an option of model, scenes, not of .* on digits"):
         Plan(problem="digits", size=32)
 
 
@@ -299,6 +299,17 @@ def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -
     message = capsys.readouterr().err
     for name in ("stages", "batch = '0'", "distance = 'l3'", "count = '5000'"):
         assert name in message
+
+
+def test_a_refused_plan_leaves_the_folder_as_it_is(run_of: Callable[[str, str], dict[str, Any]]) -> None:
+    """What lies beside the students is the plan that they were trained by."""
+    values = run_of("atoms", "progressive")
+    file = Path(values["output"]) / "plan.yaml"
+    before = file.read_text()
+    assert read_plan(file) == Plan(**values)
+    with pytest.raises(ValueError, match="was made otherwise: updates 3 there, 4 here"):
+        carry_out(Plan(**{**values, "updates": 4}))
+    assert file.read_text() == before
 
 
 # The menu in words
@@ -399,7 +410,7 @@ def test_a_new_method(
     assert distilled(asked(new_method, tmp_path, straightness=0.25, **problem)) == 0
     assert f"{new_method} (Nobody 2026), 4 → 2 steps, with DDIL" in capsys.readouterr().out
     assert (tmp_path / "student").is_dir()
-    with pytest.raises(UnusableValues, match="straightness = 1.0: it is an option of the method straight, not of lcm"):
+    with pytest.raises(UnusableValues, match="straightness = 1.0: it is an option of straight, not of lcm"):
         Plan(method="lcm", straightness=1.0)
 
 

@@ -316,7 +316,10 @@ def _as_launched(plan: Plan, processes: int) -> Plan:
 def train_stage(
     problem: Problem, plan: Plan, index: int, before: Denoiser | None, place: Path, accelerator: Accelerator, bar: Bar
 ) -> None:
-    """Train the student of one stage and save it; as a LoRA file too, if it is an adapter of the model itself."""
+    """Train the student of one stage and save it; as a LoRA file too, if it is an adapter of the model itself.
+
+    Every effective value of the plan is written beside the stages, into plan.yaml.
+    """
     shard = Shard(accelerator.process_index, accelerator.num_processes)
     ready = stage_of(problem, plan, index, before, shard, place)
     make_ready(plan, ready)
@@ -332,7 +335,10 @@ def train_stage(
         lambda updates: bar(updates, text),
         identity_of(problem, plan),
         watch_of(plan, ready, ready.stage.data),
-    ).fit()
+    )
+    if accelerator.is_main_process:  # no run of another plan is in the way, else there were no trainer
+        write_text(place.parent / "plan.yaml", write_plan(plan))
+    trainer.fit()
     sampler = sampler_of(problem, plan, ready, trainer, text)
     if accelerator.is_main_process:
         if (
@@ -428,11 +434,11 @@ def carry_out(plan: Plan, problem: Problem | None = None) -> dict[int, Sampler]:
     problem: one of your own, instead of the one that the plan names; it is distilled in this process.
     """
     task = Path(plan.output) / "plan.yaml"
-    write_text(task, write_plan(plan))  # every effective value, beside the students
     if problem is not None:
         return distil(problem, plan, bar=progress)
     if plan.processes * plan.nodes == 1:
         return _in_this_process(plan)
+    write_text(task, write_plan(plan))
     launch(task, "ddil.distil.stages", plan.distribution, plan.processes, plan.nodes, plan.device)
     last = {steps[1]: Path(plan.output) / f"{steps[0]}-to-{steps[1]}" / "student" for steps in plan.pairs}
     return {steps: Sampler.load(place) for steps, place in last.items()}
