@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from forked import ROOT, alone, run_experiment
 from torch import Tensor
 
@@ -64,18 +65,17 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "processes": 0,
         },
         (
-            "10 of the parameters cannot be used",
-            "updatse = 5: there is no such parameter (did you mean updates?)",
-            "updates = 'many' must be a whole number of at least 1",
-            "atoms_updates = 2.5 must be a whole number",
-            "stages = [16, 8, 5] must be steps each of which is half of the one "
-            "before, and 5 is not half of 8: write 4",
-            "collected = [0.25, 1.5] must be a finite number in [0, 1]",
-            "beta = [-0.1, 0.8] must be a finite number in [0, 1]",
-            "teacher = 'nowhere/teacher' must be 'digits', 'atoms', 'both' or a folder that exists",
-            "mixing = 'samples' must be one of 'batch', 'sample' (did you mean sample?)",
-            "seeds = [1, 1] must not repeat",
-            "processes = 0 must be a finite whole number of at least 1",
+            "the parameters cannot be used",
+            "updatse = 5: there is no such name (did you mean updates?)",
+            "updates = 'many': must be a whole number ≥ 1",
+            "atoms_updates = 2.5: must be a whole number ≥ 1",
+            "stages = [16, 8, 5]: must be steps, each half of the one before, and 5 is not half of 8: write 4 after 8",
+            "collected = [0.25, 1.5]: must be two numbers in [0, 1], and 1.5 is not",
+            "beta = [-0.1, 0.8]: must be two numbers in [0, 1], and -0.1 is not",
+            "teacher = 'nowhere/teacher': must be 'digits', 'atoms', 'both' or a folder that exists",
+            "mixing = 'samples': must be one of batch, sample (did you mean sample?)",
+            "seeds = [1, 1]: must not repeat a number",
+            "processes = 0: must be a whole number ≥ 1",
         ),
     ),
     "stages": ({"stages": [24, 12]}, ("the teacher has 32 steps, so the first stage must divide 32, not be 24",)),
@@ -473,10 +473,12 @@ def files_of(*folders: Path) -> list[Path]:
 
 
 def check_content(path: Path) -> None:
-    """Raise ValueError unless a file is what its name says: text, JSON, lines of JSON or safetensors."""
+    """Raise ValueError unless a file is what its name says: text, YAML, JSON, lines of JSON or safetensors."""
     head = path.read_bytes()
     if path.suffix == ".txt":
         head.decode("utf-8")
+    elif path.suffix == ".yaml":
+        yaml.safe_load(head)
     elif path.suffix == ".safetensors":
         json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])  # a pickle has no such header
     else:
@@ -487,7 +489,7 @@ def check_content(path: Path) -> None:
 def test_no_file_is_a_pickle(saved: Path, interrupted: Path) -> None:
     """Samplers, assets and checkpoints are JSON and safetensors, and none is a pickle under another name."""
     paths = files_of(saved, interrupted, ddil.datasets.digits.ASSETS)
-    assert {path.suffix for path in paths} == {".json", ".jsonl", ".safetensors", ".txt"}
+    assert {path.suffix for path in paths} == {".json", ".jsonl", ".safetensors", ".txt", ".yaml"}
     for path in paths:
         check_content(path)
 

@@ -30,9 +30,9 @@ PARAMETERS = (
 )
 CHECK = """
 from ddil.lab.parameters import check_parameters, number, one_of, whole
-modes = one_of("well", "fails", "dies")
-form = {"steps": whole(), "rate": number(0, 1), "mode": modes, "pause": number(0), "reads": str, "output": str}
-settings = check_parameters(globals(), form)
+settings = check_parameters(globals(), {
+    "steps": whole(), "rate": number(0, 1), "mode": one_of("well", "fails", "dies"), "pause": number(0),
+    "reads": str, "output": str})
 if settings.steps > 1000: raise ValueError("steps: more than this notebook can take")
 """
 # An experiment with checkpoints: `at` holds the steps done, `trace` a line for each step and who did it.
