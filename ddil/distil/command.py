@@ -99,7 +99,7 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     student, folder = students[plan.stages[-1]], Path(plan.output) / "student"
     how = (
         f'from ddil import Sampler; Sampler.load("{folder}").sample(range(16), cond)  # cond: '
-        f'conditions, if it takes some'
+        f"conditions, if it takes some"
     )
     note = ""
     if issubclass(kind_by_name(plan.problem).form, ModelOptions):
@@ -142,5 +142,10 @@ def distil_command(given: argparse.Namespace) -> int:
     if not report.ok:
         return 1
     if given.command == "distil":
-        finish(plan, carry_out(plan))
+        try:
+            students = carry_out(plan)
+        except ValueError as error:  # such as a folder that holds students of another plan
+            print(error, file=sys.stderr)
+            return 1
+        finish(plan, students)
     return 0

@@ -436,10 +436,12 @@ def examine(plan: Plan, flops: float | None = None) -> Report:
     elif issubclass(kind_by_name(plan.problem).form, ModelOptions):
         _examine_model(plan, report, flops)
     elif report.check("problem", lambda: f"{plan.problem}, {kind_by_name(plan.problem).about}"):
-        problem = make_problem(plan, make_accelerator("cpu"))
-        rehearsal = _rehearsed(plan, report, problem)
+        made: list[Problem] = []
+        if not report.check("teacher", lambda: made.append(make_problem(plan, make_accelerator("cpu"))) or "is there"):
+            return report
+        rehearsal = _rehearsed(plan, report, made[0])
         if rehearsal is not None:
-            _estimate(plan, report, problem, rehearsal, None, flops)
+            _estimate(plan, report, made[0], rehearsal, None, flops)
     return report
 
 

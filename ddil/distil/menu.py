@@ -44,9 +44,9 @@ __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WA
            'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
            'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
            'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed',
-           'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training',
-           'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
-           'menu_text']
+           'Compared', 'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained',
+           'training', 'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial',
+           'adversarial', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -518,6 +518,12 @@ class Followed(Scaled):
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
+class Compared(Scaled):
+    """Options of consistency in segments, whose target is the student itself."""
+
+    distance: DistanceName = Field("huber", description="between the two arrivals")
+
+
 class FollowedL2(Followed):
     """Options of consistency distillation, which compares by squares."""
 
@@ -583,7 +589,7 @@ enter(
         JUMPS,
         aliases=("multistep-consistency", "pcm"),
         look=1,
-        options=Followed,
+        options=Compared,
         inputs=scaled_inputs,
         finished=at_scale,
     )

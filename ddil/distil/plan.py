@@ -426,7 +426,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # %% ../../nbs/09_distil/03_plan.ipynb #8a777688
-def preset(name: str, **changes: Any) -> Plan:
+def preset(name: str, /, **changes: Any) -> Plan:
     """The plan of that name with some changes. Raises UnusableValues."""
     if name not in PRESETS:
         raise UnusableValues(
@@ -437,6 +437,8 @@ def preset(name: str, **changes: Any) -> Plan:
             ],
         )
     known = dict(PRESETS[name])
+    if faults := _complaint(lambda: method_by_name(changes.get("method", "progressive"))):
+        raise UnusableValues("the plan", faults)
     if "method" in changes and method_by_name(changes["method"]).name != known.get("method", "progressive"):
         own = method_by_name(known.get("method", "progressive")).options.model_fields
         known = {key: value for key, value in known.items() if key not in own}

@@ -21,10 +21,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..diffusion.denoiser import Denoiser, map_cond, split_inputs
 from ..diffusion.noise import Shard, Source
-from ..diffusion.wrappers import Guided, innermost
+from ..diffusion.wrappers import Guided, Told, innermost
 from .menu import MENU, Entry, NEEDS, Stage
 from .plan import Plan, decisive, read_plan, write_plan
-from .problem import Bar, Problem, check_problem, has_pictures, kind_by_name, no_bar
+from .problem import Bar, Problem, check_problem, first_sample, has_pictures, kind_by_name, no_bar
 from ..files import write_text
 from ..measure.distances import density_coverage
 from ..methods.base import Method, check_guidance
@@ -44,7 +44,8 @@ from ..words import progress
 
 # %% auto #0
 __all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'Ready', 'begin_as', 'stage_of', 'identity_of', 'watch_of', 'distil',
-           'train_stage', 'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
+           'untold', 'train_stage', 'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures',
+           'carry_out']
 
 # %% ../../nbs/09_distil/04_stages.ipynb #23c3409a
 def entry_of(plan: Plan, index: int) -> Entry:
@@ -86,9 +87,23 @@ def lacking(entry: Entry, problem: Problem, plan: Plan) -> list[str]:
             "adapters = 'lora': they sit on the U-Net of a text-to-image model, and "
             "this problem has none: choose 'full'"
         )
-    if plan.options.model_dump().get("scales") and not isinstance(problem.teacher, Guided):
-        reasons.append("scales: the teacher is not guided, so there are no guidance scales to choose among")
-    return reasons if has_pictures(problem) else [*reasons, *_without_pictures(entry, plan)]
+    missing = () if has_pictures(problem) else _without_pictures(entry, plan)
+    return [*reasons, *_unsuited(entry, problem, plan), *missing]
+
+
+def _unsuited(entry: Entry, problem: Problem, plan: Plan) -> Iterator[str]:
+    """Why guidance scales or reflection of a plan do not suit a problem."""
+    scales, scale = plan.options.model_dump().get("scales"), problem.guidance_scale
+    if scales and not isinstance(problem.teacher, Guided):
+        yield "scales: the teacher is not guided, so there are no guidance scales to choose among"
+    elif scales and scale is not None and not scales[0] <= scale <= scales[1]:
+        yield f"scales = {scales}: the student is sampled at the problem's scale {scale:g}, which is not among them"
+    first = first_sample(problem.data)
+    if plan.reflection == "static" and first is not None and float(first.abs().max()) > plan.bound:
+        yield (
+            f"bound = {plan.bound:g}: the data's first sample reaches {float(first.abs().max()):.3g}, and reflection "
+            "would clip it: set the bound above, or reflection = 'off'"
+        )
 
 # %% ../../nbs/09_distil/04_stages.ipynb #185f047a
 def _without_pictures(entry: Entry, plan: Plan) -> Iterator[str]:
@@ -153,7 +168,9 @@ def begin_as(base: Denoiser, plan: Plan, name: str, inputs: tuple[str, ...] = ()
     """
     if plan.adapters == "lora":
         return roles(base, plan.rank, (name,), plan.alpha, seed=plan.seed)[name]
-    network = base.taking(*inputs) if inputs else copy.deepcopy(base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)  # of the layers for further inputs
+        network = base.taking(*inputs) if inputs else copy.deepcopy(base)
     frozen = not any(p.requires_grad for p in network.parameters())
     return (network.requires_grad_(True) if frozen else network).train()
 
@@ -221,7 +238,9 @@ def stage_of(
         place,
         identity_of(problem, plan),
     )
-    return Ready(stage, entry, entry.question(stage), entry.states(stage), settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # of what is new beside the student: heads of a judge
+        return Ready(stage, entry, entry.question(stage), entry.states(stage), settings)
 
 # %% ../../nbs/09_distil/04_stages.ipynb #77ec65db
 def _beginner(base: Denoiser, plan: Plan) -> Callable[[str], Denoiser]:
@@ -245,7 +264,7 @@ def _coarse(x: Tensor) -> Tensor:
     return (adaptive_avg_pool2d(x.float(), 4) if x.ndim == 4 else x.float()).flatten(1).cpu()
 
 
-def watch_of(plan: Plan, ready: Ready, data, count: int = 128) -> Watch | None:
+def watch_of(plan: Plan, ready: Ready, data, scale: float | None = None, count: int = 128) -> Watch | None:
     """Looks at density and coverage of samples among the data's first `count`, if the plan asks for it.
 
     Raises ValueError for data without clean samples.
@@ -261,7 +280,7 @@ def watch_of(plan: Plan, ready: Ready, data, count: int = 128) -> Watch | None:
     cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.entry.solver)
 
     def figures(student: Denoiser) -> dict[str, float]:
-        student = ready.entry.finished(student, len(ready.grid) - 1, None)
+        student = ready.entry.finished(student, len(ready.grid) - 1, scale)
         drawn = sample(
             student, rows.tolist(), stage.shape, ready.grid, cond, solver, seed=plan.seed, batch_size=plan.batch
         )
@@ -297,8 +316,13 @@ def distil(
         if not (place / "student").is_dir():
             train_stage(problem, plan, index, before, place, accelerator, bar)
         students[steps[1]] = load_stage(place / "student", identity_of(problem, plan), accelerator.device)
-        before = copy.deepcopy(students[steps[1]].denoiser)
+        before = untold(copy.deepcopy(students[steps[1]].denoiser))
     return students
+
+
+def untold(denoiser: Denoiser) -> Denoiser:
+    """A student that takes its further inputs again: the next stage tells each row its own."""
+    return denoiser.denoiser if isinstance(denoiser, Told) else denoiser
 
 
 def _as_launched(plan: Plan, processes: int) -> Plan:
@@ -334,7 +358,7 @@ def train_stage(
         accelerator,
         lambda updates: bar(updates, text),
         identity_of(problem, plan),
-        watch_of(plan, ready, ready.stage.data),
+        watch_of(plan, ready, ready.stage.data, problem.guidance_scale),
     )
     if accelerator.is_main_process:  # no run of another plan is in the way, else there were no trainer
         write_text(place.parent / "plan.yaml", write_plan(plan))
@@ -433,11 +457,11 @@ def carry_out(plan: Plan, problem: Problem | None = None) -> dict[int, Sampler]:
 
     problem: one of your own, instead of the one that the plan names; it is distilled in this process.
     """
-    task = Path(plan.output) / "plan.yaml"
     if problem is not None:
         return distil(problem, plan, bar=progress)
     if plan.processes * plan.nodes == 1:
         return _in_this_process(plan)
+    task = Path(plan.output) / "task.yaml"
     write_text(task, write_plan(plan))
     launch(task, "ddil.distil.stages", plan.distribution, plan.processes, plan.nodes, plan.device)
     last = {steps[1]: Path(plan.output) / f"{steps[0]}-to-{steps[1]}" / "student" for steps in plan.pairs}

@@ -28,7 +28,7 @@ class Settings(Form):
     batch: Count = Field(64, description="rows of a batch, over all processes")
     learning_rate: Positive = Field(1e-3, description="the highest one")
     decay: Literal["linear", "constant"] = Field("linear", description="linear: the rate falls to zero")
-    weight_decay: float = Field(0.0, description="AdamW's")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     clip: Positive = Field(1.0, description="maximal gradient norm")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of the average of the weights")
     accumulate: Count = Field(1, description="parts that a batch is split into")
