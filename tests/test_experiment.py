@@ -30,8 +30,8 @@ from ddil.forms import Text
 from ddil.lab.parameters import *
 from ddil.words import progress
 from ddil.lab.results import row, write_results
-form = {"updates": whole(), "rate": number(0, 1), "steps": halving_steps(), "shuffle": bool}
-given = check_parameters(globals(), {**form, "name": Text, "output": Text})
+given = check_parameters(globals(), {
+    "updates": whole(), "rate": number(0, 1), "steps": halving_steps(), "shuffle": bool, "name": Text, "output": Text})
 """
 RUN = """
 reached = [float(update) for update in progress(range(given.updates), "training")]
