@@ -141,6 +141,8 @@ def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
     """It is refused with the remedy, in the plan before anything is launched, and in the processes."""
     with pytest.raises(ValueError, match="batch = 15: cannot be shared by 2 processes .*: choose a multiple of 2"):
         tiny.plan(batch=15, **LAUNCHED, output=str(tmp_path / "launched"))
+    with pytest.raises(ValueError, match="DDIL begins 3 roll-outs at a time.* 2 processes: choose a multiple of 8"):
+        tiny.plan(batch=12, **LAUNCHED, output=str(tmp_path / "launched"))
     assert not (tmp_path / "launched").exists()
     for name, arm in {"pd": (0.0, 0.0), "ddil": (0.25, 0.5)}.items():
         with tiny.started(tmp_path / name, {"batch": 15, "collected": arm}, 2) as run:

@@ -191,6 +191,12 @@ class Checked(Values):
                 f"batch = {self.batch}: cannot be shared by {self.processes} processes on {self.nodes} nodes in "
                 f"{self.accumulate} parts each: choose a multiple of {parts}"
             )
+        world, walks = self.processes * self.nodes, self.batch if self.batch % 4 else self.batch // 4
+        if any(self.collected) and self.batch % parts == 0 and walks % world:
+            yield (
+                f"batch = {self.batch}: DDIL begins {walks} roll-outs at a time, which cannot be shared by {world} "
+                f"processes: choose a multiple of {4 * world}"
+            )
         most = self.batch * max(self.stages[1:], default=1)
         if any(self.collected) and self.capacity < most:
             yield (

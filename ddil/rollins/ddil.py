@@ -76,8 +76,6 @@ class DDIL(Shares):
         share = staged(*self.collected, updates)
         beta = self.beta if isinstance(self.beta, Ramp) else staged(*self.beta, updates)
         rollout = Rollout(student, teacher, shape, data, beta, self.mixing, label, solver, source)
-        quarter = (
-            batch // 4 if batch % (4 * source.shard.world) == 0 else batch
-        )  # few walks, but often: fresher states at the same cost
+        quarter = batch // 4 if batch % 4 == 0 else batch  # few walks, but often: fresher states at the same cost
         replay = Replay(rollout, batch, self.capacity, self.reuse, quarter)
         return Mixture({"forward": (forward, share.complement()), "collected": (replay, share)}, self.mixing, source)
