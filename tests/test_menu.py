@@ -18,20 +18,22 @@ import yaml
 from pydantic import Field
 
 from ddil import cli
+from ddil.datasets.digits import digits
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.diffusion.denoiser import Denoiser
-from ddil.diffusion.wrappers import Told
-from ddil.distil import doctor
+from ddil.diffusion.wrappers import Told, innermost
+from ddil.distil import doctor, stages
 from ddil.distil.budget import cost_of
 from ddil.distil.command import distil_options, finish, plan_of
 from ddil.distil.doctor import examine
 from ddil.distil.menu import MENU, Entry, Stage, ddil_states, enter
 from ddil.distil.plan import Plan, WhoseStates, read_plan, write_plan
-from ddil.distil.problem import KINDS_OF_PROBLEM, Problem, atoms_problem, problem_kind
+from ddil.distil.problem import KINDS_OF_PROBLEM, Problem, atoms_problem, digits_problem, problem_kind
 from ddil.distil.stages import carry_out
 from ddil.forms import Form, UnusableValues
 from ddil.methods.base import Method
 from ddil.methods.regression import Regression
+from ddil.rollins.data import TensorData
 from ddil.solvers.sampler import Sampler
 from ddil.training.journal import read_log
 
@@ -480,3 +482,39 @@ def test_a_new_problem(new_problem: str, tmp_path: Path) -> None:
     student = Sampler.load(tmp_path / "student")
     assert student.provenance["made by"]["count"] == 12
     assert student.sample(range(3)).shape == (3, 64)
+
+
+def test_the_next_stage_takes_its_inputs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student of a range of guidance scales is told one where it is sampled, and each row's own where it teaches."""
+    taken, train = [], stages.train_stage
+
+    def recorded(problem: Problem, plan: Plan, index: int, before: Any, *rest: Any) -> None:
+        taken.append(before and before.inputs)
+        train(problem, plan, index, before, *rest)
+
+    monkeypatch.setattr(stages, "train_stage", recorded)
+    plan = Plan(stages=(4, 2, 1), scales=(1.0, 6.0), updates=1, batch=8, capacity=64, checkpoint_every=0)
+    students = stages.distil(digits_problem(2.0), plan, tmp_path)
+    assert taken == [None, ("guidance_scale",)]
+    assert students[1].denoiser.inputs == ()
+
+
+def test_the_seed_decides_new_layers() -> None:
+    """Layers for further inputs depend on the plan's seed, and not on what was drawn before."""
+    weights = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        ready = stages.stage_of(digits_problem(), Plan(method="ctm", stages=(4, 2), batch=8, capacity=64, seed=seed))
+        further = innermost(ready.stage.student).further
+        weights.append(torch.cat([p.detach().flatten() for p in further.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_data_beyond_the_bound_are_not_clipped_silently() -> None:
+    """Static reflection is refused where the data lie beyond its bound, and goes with a greater one."""
+    problem = digits_problem()
+    problem.data = TensorData(3 * digits().x, digits().cond)
+    with pytest.raises(ValueError, match="bound = 1: the data's first sample reaches 3"):
+        stages.check(problem, Plan(stages=(4, 2)))
+    stages.check(problem, Plan(stages=(4, 2), bound=3.0))
