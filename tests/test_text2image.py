@@ -210,7 +210,7 @@ def test_processes_must_be_launched(models: dict[str, Path], tmp_path: Path) -> 
     """A plan for two processes is not quietly carried out by one."""
     source = models["StableDiffusion"]
     with pytest.raises(RuntimeError, match="asks for 2 processes"):
-        carried_out(plan(source, tmp_path, processes=2, **SMALL), latents(source))
+        carried_out(plan(source, tmp_path, processes=2, **{**SMALL, "batch": 8}), latents(source))
 
 
 @pytest.mark.parametrize(
