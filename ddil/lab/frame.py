@@ -108,14 +108,21 @@ class Experiment:
         self.passes, self.figures = Passes(self.folder / "passes", {**key, **decides}), Figures()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def sweep(self, group: str, arms: Sequence[str], seeds: Iterable[int], make: Callable[[str, int], Rows]) -> None:
+    def sweep(
+        self,
+        group: str,
+        arms: Sequence[str],
+        seeds: Iterable[int],
+        make: Callable[[str, int], Rows],
+        decides: Callable[[str], Mapping[str, Any]] = lambda arm: {},
+    ) -> None:
         """Measure every arm with every seed, or read what was kept. `make(arm, seed)` returns rows (arm, steps,
-        metric, value).
+        metric, value); `decides(arm)`: what else decides an arm's figures.
         """
         for seed in seeds:
             for arm in progress(list(arms), f"{group or self.notebook.stem}, seed {seed}"):
                 name = "-".join(part for part in (group, arm, str(seed)) if part)
-                self.figures.add(group, seed, self.passes.get(name, lambda: list(make(arm, seed))))
+                self.figures.add(group, seed, self.passes.get(name, lambda: list(make(arm, seed)), **decides(arm)))
 
     def finish(
         self, protocol_of: Callable[[str, str], Mapping[str, Any]], further: Sequence[Mapping[str, Any]] = ()
