@@ -792,6 +792,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                   'ddil.distil.plan.Values.entry': ('09_distil/plan.html#values.entry', 'ddil/distil/plan.py'),
                                   'ddil.distil.plan.Values.options': ('09_distil/plan.html#values.options', 'ddil/distil/plan.py'),
                                   'ddil.distil.plan.Values.pairs': ('09_distil/plan.html#values.pairs', 'ddil/distil/plan.py'),
+                                  'ddil.distil.plan.Values.stage_updates': ( '09_distil/plan.html#values.stage_updates',
+                                                                             'ddil/distil/plan.py'),
                                   'ddil.distil.plan.What': ('09_distil/plan.html#what', 'ddil/distil/plan.py'),
                                   'ddil.distil.plan.Where': ('09_distil/plan.html#where', 'ddil/distil/plan.py'),
                                   'ddil.distil.plan.WhoseStates': ('09_distil/plan.html#whosestates', 'ddil/distil/plan.py'),

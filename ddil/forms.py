@@ -72,7 +72,10 @@ def _one_of_kinds(value: Any, kinds: Sequence[Any]) -> Any:
     """What a value means for a union of types: None if it says so, else what the first type makes of it."""
     if isinstance(value, str) and NoneType in kinds and value.strip().lower() in ("none", "null"):
         return None
+    single = not isinstance(value, (list, tuple)) and "," not in str(value)
     for kind in kinds:
+        if single and get_origin(kind) in (tuple, list) and len(kinds) > 1 + (NoneType in kinds):
+            continue  # a single number where one or several may stand
         meaning = understand(value, kind)
         if meaning is not value and meaning != value:
             return meaning

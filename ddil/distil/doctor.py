@@ -449,7 +449,7 @@ def _method(plan: Plan) -> str:
     """What will be done, in a line."""
     return (
         f"{plan.method} ({plan.entry.papers[0]}), {' → '.join(map(str, plan.stages))} steps, "
-        f"{'with' if plan.ddil else 'without'} DDIL"
+        f"{' + '.join(map(str, plan.stage_updates))} updates, {'with' if plan.ddil else 'without'} DDIL"
     )
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #32a4be47

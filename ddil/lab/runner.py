@@ -239,7 +239,7 @@ def _examined(plans: Sequence[dict]) -> tuple[float | None, float | None]:
             known[same] = examine(Plan(**values))
         if known[same].seconds is None:
             return None, None
-        seconds += known[same].seconds * values["updates"] * (len(values["stages"]) - 1)
+        seconds += known[same].seconds * sum(Plan(**values).stage_updates)
         sizes.append(sum(known[same].memory.values()) / 2**30)
     return seconds / 60, max(sizes)
 
