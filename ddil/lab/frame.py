@@ -5,24 +5,28 @@
 # %% ../../nbs/10_lab/06_frame.ipynb #9aa1896f
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..files import write_text
 from ..forms import Form
 from .parameters import command_line
-from .results import read_results, results_table, row, write_results
-from .tables import Table
+from .results import DIFFERENCE, read_results, results_table, row, write_results
+from .tables import Table, with_sign
+from ..measure.intervals import Estimate, paired_difference
 from ..words import progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Rows', 'Passes', 'rows_of', 'metric_name', 'Figures', 'Experiment']
+__all__ = ['Rows', 'Passes', 'rows_of', 'metric_name', 'Change', 'Figures', 'change_table', 'Experiment']
 
 # %% ../../nbs/10_lab/06_frame.ipynb #1aa93875
 def _file_name(name: str) -> str:
@@ -40,7 +44,8 @@ class Passes:
         """The pass of this name: read from its file if it was made with the same key, else made. `decides`: what
         decides this pass alone.
         """
-        path, key = self.folder / _file_name(name), {**self.key, **json.loads(json.dumps(decides))}
+        path = self.folder / _file_name(name)
+        key = {**self.key, **json.loads(json.dumps(decides)), "pass": name, "package version": __version__}
         if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("key") == key:
             return kept["made"]
         made = json.loads(json.dumps(make()))
@@ -59,6 +64,37 @@ def rows_of(arm: str, figures: Mapping[Any, Mapping[str, float]]) -> list[tuple[
 def metric_name(metric: str, group: str = "") -> str:
     """What a metric of a group is called in results."""
     return f"{metric} ({group})" if group else metric
+
+# %% ../../nbs/10_lab/06_frame.ipynb #c1b1add0
+@dataclass(frozen=True)
+class Change:
+    """What an arm changes against its base: one metric of a group at one number of steps, the values of both by seed.
+
+    `label` names it among the arms of results, after the word "difference".
+    """
+
+    group: str
+    metric: str
+    steps: int
+    arm: str
+    base: str
+    before: Mapping[int, float]
+    after: Mapping[int, float]
+    label: str
+
+    def estimate(self, level: float = 0.95) -> Estimate:
+        """The mean difference, paired over seeds, with its interval of that level."""
+        return paired_difference(self.before, self.after, level)
+
+    def __str__(self) -> str:
+        """The difference with its sign and 95 % interval, bold where that excludes zero."""
+        change = self.estimate()
+        return with_sign(change.mean, (change.low, change.high))
+
+    def row(self) -> dict[str, Any]:
+        """The row for results.json."""
+        by_seed = {seed: value - self.before[seed] for seed, value in self.after.items()}
+        return row(f"{DIFFERENCE}{self.label}", self.steps, metric_name(self.metric, self.group), by_seed)
 
 # %% ../../nbs/10_lab/06_frame.ipynb #c1d6806a
 class Figures:
@@ -80,6 +116,21 @@ class Figures:
             if (own, name) == (group, metric) and steps in (None, number)
         }
 
+    def changes(
+        self, group: str, arm: str, base: str, metrics: Iterable[str] = (), label: str = ""
+    ) -> list[Change]:
+        """What an arm changes against its base, at every number of steps that both were measured at; `metrics`: of
+        these alone. An arm that diverged with some seed changes nothing that could be told.
+        """
+        chosen, found = tuple(metrics), []
+        for (own, name, steps, metric), after in self.values.items():
+            before = self.values.get((group, base, steps, metric))
+            if (own, name) != (group, arm) or before is None or (chosen and metric not in chosen):
+                continue
+            if all(map(math.isfinite, [*before.values(), *after.values()])):
+                found.append(Change(group, metric, steps, arm, base, before, after, label or f"{arm} − {base}"))
+        return found
+
     def metrics(self) -> list[tuple[str, str]]:
         """(metric, group) of all that was measured, in the order of their names in results."""
         pairs = dict.fromkeys((metric, group) for group, _, _, metric in self.values)
@@ -92,6 +143,20 @@ class Figures:
             row(arm, steps, metric_name(metric, group), by_seed)
             for (group, arm, steps, metric), by_seed in finite.items()
         ]
+
+# %% ../../nbs/10_lab/06_frame.ipynb #186321b8
+def change_table(changes: Sequence[Change], unit: str = "step") -> Table:
+    """A line for each group, arm and metric, a column for each number of steps; "–" where nothing was compared or
+    there is one seed. Lines without a comparison are left out.
+    """
+    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    for change in changes:
+        if len(change.after) > 1:
+            lines.setdefault((change.group, change.label, change.metric), {})[change.steps] = str(change)
+    steps = sorted({number for cells in lines.values() for number in cells})
+    heads = [f"{number} {unit}{'s' * (number > 1 and unit == 'step')}" for number in steps]
+    drawn = [[*key, *(cells.get(number, "–") for number in steps)] for key, cells in lines.items()]
+    return Table.of(["problem", "difference", "metric", *heads], drawn)
 
 # %% ../../nbs/10_lab/06_frame.ipynb #450753ef
 class Experiment:
@@ -108,38 +173,58 @@ class Experiment:
         self.passes, self.figures = Passes(self.folder / "passes", {**key, **decides}), Figures()
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def place(self, *names: str, **decides: Any) -> Path:
+        """The folder of these names for what `decides` decides. The plain name is whose key came first; another key
+        has a folder beside it, so that nothing is mixed up and nothing is lost.
+        """
+        plain, key = self.folder.joinpath(*names), json.dumps(decides, sort_keys=True)
+        beside = plain.with_name(f"{plain.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+        for place in (plain, beside):
+            known = place / "decided-by.json"
+            if not place.exists():
+                write_text(known, key)
+            if known.exists() and known.read_text(encoding="utf-8") == key:
+                return place
+        raise ValueError(f"{beside} holds something else: remove it, or choose another output")
+
     def sweep(
         self,
         group: str,
         arms: Sequence[str],
         seeds: Iterable[int],
         make: Callable[[str, int], Rows],
-        decides: Callable[[str], Mapping[str, Any]] = lambda arm: {},
+        decides: Callable[[str, int], Mapping[str, Any]] = lambda arm, seed: {},
     ) -> None:
         """Measure every arm with every seed, or read what was kept. `make(arm, seed)` returns rows (arm, steps,
-        metric, value); `decides(arm)`: what else decides an arm's figures.
+        metric, value); `decides(arm, seed)`: what decides these alone, such as the values of a plan.
         """
         for seed in seeds:
             for arm in progress(list(arms), f"{group or self.notebook.stem}, seed {seed}"):
                 name = "-".join(part for part in (group, arm, str(seed)) if part)
-                self.figures.add(group, seed, self.passes.get(name, lambda: list(make(arm, seed)), **decides(arm)))
+                made = self.passes.get(name, lambda: list(make(arm, seed)), **decides(arm, seed))
+                self.figures.add(group, seed, made)
 
     def finish(
-        self, protocol_of: Callable[[str, str], Mapping[str, Any]], further: Sequence[Mapping[str, Any]] = ()
+        self,
+        protocol_of: Callable[[str, str], Mapping[str, Any]],
+        changes: Iterable[Change] = (),
+        taken: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write results.json and return it. `protocol_of(metric, group)`: how a metric was measured; `further`:
-        rows of its own.
+        """Write results.json and return it. `protocol_of(metric, group)`: how a metric was measured; `changes`:
+        differences of arms that have rows, too; `taken`: the rows and protocol of another experiment, taken over.
         """
         protocol = {metric_name(metric, group): protocol_of(metric, group) for metric, group in self.figures.metrics()}
+        rows = [*self.figures.rows(), *(change.row() for change in changes)]
+        if taken:
+            protocol, rows = {**protocol, **taken["protocol"]}, [*rows, *taken["rows"]]
         command = command_line(Path("experiments") / self.notebook.name, self.settings)
-        self.results = read_results(
-            write_results(self.folder, self.notebook.stem, protocol, command, [*self.figures.rows(), *further])
-        )
+        self.results = read_results(write_results(self.folder, self.notebook.stem, protocol, command, rows))
         return self.results
 
     def table(self, metric: str, group: str = "", digits: int = 3, **how: Any) -> Table:
-        """A table of a metric after `finish`; `how`: as for `results_table`."""
-        return results_table(self.results, metric_name(metric, group), digits, **how)
+        """A table of the arms of a metric after `finish`, differences left out; `how`: as for `results_table`."""
+        arms = [entry for entry in self.results["rows"] if not entry["arm"].startswith(DIFFERENCE)]
+        return results_table({**self.results, "rows": arms}, metric_name(metric, group), digits, **how)
 
     def save(self, figure: Figure, name: str, dpi: int = 130) -> None:
         """Keep a figure in the run's folder and show it."""

@@ -18,9 +18,12 @@ from ..files import write_text
 from ..measure.intervals import mean_interval
 
 # %% auto #0
-__all__ = ['row', 'write_results', 'read_results', 'results_table', 'differing_fields', 'join_results']
+__all__ = ['DIFFERENCE', 'row', 'write_results', 'read_results', 'results_table', 'differing_fields', 'join_results']
 
 # %% ../../nbs/10_lab/05_results.ipynb #f154aacd
+DIFFERENCE = "difference, "  # how the name of an arm begins that is the difference of two
+
+
 def row(arm: str, steps: int, metric: str, values_per_seed: Mapping[int, float]) -> dict[str, Any]:
     """A row of results from one value for each seed: mean, 95 % interval (without ends for a single seed), and the
     values.

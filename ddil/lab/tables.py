@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 # %% auto #0
-__all__ = ['latex_text', 'Table', 'with_interval']
+__all__ = ['latex_text', 'Table', 'with_interval', 'with_sign']
 
 # %% ../../nbs/10_lab/04_tables.ipynb #b4bf4e1c
 _LATEX = {
@@ -95,8 +95,25 @@ class Table:
         return self.markdown()
 
 # %% ../../nbs/10_lab/04_tables.ipynb #b1a6ef45
-def with_interval(mean: float, ends: Sequence[float | None], digits: int = 3) -> str:
-    """ "mean [low, high]", rounded; the mean alone where there is no interval (one seed)."""
-    if ends[0] is None:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+def with_interval(mean: float, ends: Sequence[float | None], digits: int = 3, kind: str = "f") -> str:
+    """ "mean [low, high]" with so many decimals (`kind` "f") or significant digits ("g"); the mean alone where there
+    is no interval (one seed).
+    """
+    if _without(ends):
+        return f"{mean:.{digits}{kind}}"
+    return f"{mean:.{digits}{kind}} [{ends[0]:.{digits}{kind}}, {ends[1]:.{digits}{kind}}]"
+
+
+def with_sign(mean: float, ends: Sequence[float | None]) -> str:
+    """ "+mean [+low, +high]" of a difference, bold where the interval excludes zero; the mean alone where there is
+    none.
+    """
+    if _without(ends):
+        return f"{mean:+.3g}"
+    text = f"{mean:+.3g} [{ends[0]:+.2g}, {ends[1]:+.2g}]"
+    return f"**{text}**" if ends[0] > 0 or ends[1] < 0 else text
+
+
+def _without(ends: Sequence[float | None]) -> bool:
+    """Whether an interval has no ends: None, or nan."""
+    return ends[0] is None or ends[0] != ends[0]
