@@ -148,7 +148,7 @@ class Bought:
             entry.finished(self.student, steps, self.guidance_scale),
             grid,
             stage.shape,
-            entry.solver,
+            self.ready.sampler,
             self.guidance_scale,
         )
 

@@ -11,23 +11,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field
 
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.exact import Gaussian
 from ..diffusion.noise import generator
 from ..diffusion.wrappers import Reflected, Threshold
 from .menu import MENU, Entry, check_steps, default_stages, method_by_name
 from .problem import KINDS_OF_PROBLEM, Kind, kind_by_name
 from ..forms import Count, Form, Natural, Positive, Probability, UnusableValues, rule, understand
 from ..rollins.ddil import DDIL
-from ..solvers import ODE_SOLVERS
+from ..solvers import ODE_SOLVERS, walk
 from ..training.settings import Settings
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Pair', 'SMALL', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan', 'flat', 'decisive',
-           'preset', 'read_plan', 'write_plan']
+__all__ = ['Pair', 'SolverName', 'SMALL', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan',
+           'flat', 'decisive', 'preset', 'read_plan', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 Pair = tuple[Probability, Probability]
@@ -60,6 +62,9 @@ class HowLong(Settings):
     seed: Natural = Field(0, description="of everything that is drawn")
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0b9288ea
+SolverName = Literal[tuple(ODE_SOLVERS)]  # type: ignore
+
+
 class What(Form):
     """What is trained, and how its estimates are kept."""
 
@@ -72,8 +77,10 @@ class What(Form):
         "off", description="how clean estimates are kept within the bound"
     )
     bound: Positive = Field(1.0, description="of reflection")
-    # type: ignore
-    teacher_solver: Literal[tuple(ODE_SOLVERS)] = Field("ddim", description="that the first teacher walks with")
+    teacher_solver: SolverName = Field("ddim", description="that the first teacher walks with")
+    sampler: SolverName | None = Field(
+        None, description="that students are sampled with, however they are trained; none: the method's own"
+    )
 
 
 class Where(Form):
@@ -191,6 +198,21 @@ class Checked(Values):
             )
 
     @rule
+    def sampled(self) -> Iterable[str]:
+        """The students can be sampled with the sampler that is asked for."""
+        own = self.entry.solver
+        if self.sampler and own not in ODE_SOLVERS:
+            yield f"sampler = {self.sampler!r}: students of {self.method} are sampled with {own!r} alone: leave it out"
+        elif self.sampler:
+            for steps in sorted({*self.stages[1:]}):
+                yield from (f"sampler = {self.sampler!r}: {text}" for text in _complaint(lambda: self._try(steps)))
+
+    def _try(self, steps: int) -> None:
+        """Sample a point in so many steps. Raises ValueError if the sampler cannot."""
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        list(walk(Gaussian(), torch.zeros(1, 1), grid, solver=ODE_SOLVERS[self.sampler]))
+
+    @rule
     def own_options(self) -> Iterable[str]:
         """The method's and the problem's own options can be used."""
         problem = _lines(lambda: kind_by_name(self.problem).form(**self.problem_options)) if self.problem else []
@@ -281,6 +303,10 @@ class Plan(Checked):
         """All values as they are written in a file."""
         return flat(self)
 
+    def sampler_of(self, entry: Entry) -> str:
+        """The name of the solver that a student of an entry is sampled with."""
+        return self.sampler or entry.solver
+
 # %% ../../nbs/09_distil/03_plan.ipynb #48839c4a
 def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Some values with the defaults that suit them, and complaints about those that would be ignored."""
@@ -318,6 +344,7 @@ def decisive(plan: Plan) -> dict[str, Any]:
     } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
     free |= set() if any(plan.collected) else {"beta", "mixing", "capacity", "reuse"}
+    free |= {"sampler"} if plan.sampler in (None, plan.entry.solver) else set()
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
     alike = {"updates": plan.stage_updates[0]} if len(set(plan.stage_updates)) == 1 else {}
     return json.loads(json.dumps({**values, **alike, **plan.options.model_dump()}))

@@ -137,8 +137,8 @@ def check(problem: Problem, plan: Plan) -> None:
 # %% ../../nbs/09_distil/04_stages.ipynb #dba9d7d7
 @dataclass
 class Ready:
-    """A stage that is ready to be trained: the stage itself, its entry, method and roll-in, and the trainer's
-    settings.
+    """A stage that is ready to be trained: the stage itself, its entry, method and roll-in, the trainer's settings,
+    and the name of the solver that its student is sampled with.
     """
 
     stage: Stage
@@ -146,6 +146,7 @@ class Ready:
     method: Method
     rollin: RollIn
     settings: Settings
+    sampler: str
 
     @property
     def networks(self) -> dict[str, Denoiser]:
@@ -240,7 +241,8 @@ def stage_of(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of what is new beside the student: heads of a judge
-        return Ready(stage, entry, entry.question(stage), entry.states(stage), settings)
+        question, states = entry.question(stage), entry.states(stage)
+    return Ready(stage, entry, question, states, settings, plan.sampler_of(entry))
 
 # %% ../../nbs/09_distil/04_stages.ipynb #77ec65db
 def _beginner(base: Denoiser, plan: Plan) -> Callable[[str], Denoiser]:
@@ -277,7 +279,7 @@ def watch_of(plan: Plan, ready: Ready, data, scale: float | None = None, count: 
         raise ValueError(
             "watch_every compares samples with the data's pictures, and this data has captions alone: set it to 0"
         )
-    cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.entry.solver)
+    cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.sampler)
 
     def figures(student: Denoiser) -> dict[str, float]:
         student = ready.entry.finished(student, len(ready.grid) - 1, scale)
@@ -416,7 +418,7 @@ def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, tex
         "roll-in": ready.rollin.log(),
     }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
-    return Sampler(student, ready.grid, problem.shape, ready.entry.solver, problem.guidance_scale, provenance)
+    return Sampler(student, ready.grid, problem.shape, ready.sampler, problem.guidance_scale, provenance)
 
 
 def load_stage(place: Path, identity: dict[str, Any], device: torch.device) -> Sampler:

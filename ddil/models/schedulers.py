@@ -172,8 +172,19 @@ def _original_steps(grid: Tensor, knots: int) -> int:
     nodes = [round(t * knots - 1, 2) for t in grid.tolist()[:-1]]
     raise ValueError(f"LCMScheduler cannot visit {nodes}: distil on lcm_grid, or on every k-th node of trailing_grid")
 
+# %% ../../nbs/07_models/02_schedulers.ipynb #eb2d3390
+def _second_order(sampler: Sampler, config: dict) -> SchedulerMixin:
+    """The scheduler of a student that is sampled with DPM-Solver++(2M)."""
+    if "clip_sample_range" in config:
+        raise ValueError(
+            f"diffusers' DPM-Solver++ does not clip to a bound of {config['clip_sample_range']:g}: export the student "
+            "with the sampler 'ddim', or distil with reflection = 'off', or save it with Sampler.save instead"
+        )
+    config = {key: value for key, value in config.items() if key != "clip_sample"}
+    return DPMSolverMultistepScheduler(**config, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero")
+
 # %% ../../nbs/07_models/02_schedulers.ipynb #381a784a
-EXPORTED = {"ddim": _ddim, "consistency": _lcm}  # the solvers that diffusers has, too
+EXPORTED = {"ddim": _ddim, "dpm_solver_pp_2m": _second_order, "consistency": _lcm}  # those that diffusers has, too
 
 
 def scheduler_for(sampler: Sampler) -> SchedulerMixin:
@@ -189,7 +200,12 @@ def scheduler_for(sampler: Sampler) -> SchedulerMixin:
     if sampler.solver not in EXPORTED:
         raise ValueError(
             f"a student sampled with {sampler.solver!r} cannot leave as a pipeline; "
-            f"{' and '.join(map(repr, EXPORTED))} can. Save it with Sampler.save instead"
+            f"{', '.join(map(repr, EXPORTED))} can. Save it with Sampler.save instead"
+        )
+    if sampler.solver_options:
+        raise ValueError(
+            f"no scheduler of diffusers says {sampler.solver_options} of {sampler.solver!r}: export a student that is "
+            "sampled without, or save it with Sampler.save instead"
         )
     scheduler = EXPORTED[sampler.solver](sampler, {**_betas(base), **_thresholding(sampler)})
     scheduler.set_timesteps(sampler.steps)
