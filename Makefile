@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 unexport IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference test-slurm report site clean
+.PHONY: help venv demo test lab export readme bench bench-gpu teacher scenes text2image reference claims test-slurm report site clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,9 +54,12 @@ scenes: .installed ## train the text-to-image model of captioned scenes anew int
 text2image: .installed ## distil the scenes model by every method into runs/text2image (another model: make text2image ARGS="-p preset sd15-coco -p model …")
 	$(call experiment,text2image,runs/text2image,$(ARGS))
 
-reference: .installed ## make the reference results of experiments/reference anew (ten hours of runs: six on two cores; what they would be: make reference ARGS=--dry-run)
+reference: .installed ## make the reference results of experiments/reference anew (hours of runs, two at a time; which they are and what each takes: make reference ARGS=--dry-run)
 	$(BIN)/python -m ddil.cli batch experiments/batches/reference.yaml $(ARGS)
 	$(BIN)/nbdev_clean --fname experiments
+
+claims: .installed ## say which sentences of README and results their kept results do not carry (write the new numbers: make claims ARGS=--mend)
+	$(BIN)/python tools/claims.py $(ARGS)
 
 test-slurm: .installed ## try batches on a real SLURM of two nodes, on this machine (needs Debian's slurm-wlm and munge)
 	tests/slurm/run.sh $(BIN)/python
