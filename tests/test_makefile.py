@@ -18,6 +18,7 @@ TARGETS = {
     "demo",
     "test",
     "lab",
+    "claims",
     "export",
     "readme",
     "bench",
