@@ -37,7 +37,7 @@ from ddil.rollins.data import TensorData
 from ddil.solvers.sampler import Sampler
 from ddil.training.journal import read_log
 
-STAGES = {"halving": (4, 2), "once": (4, 2), "one": (4, 1), "same": (4, 4), "reflow": (4, 4, 1)}
+STAGES = {"halving": (4, 2), "once": (4, 2), "again": (8, 4, 2), "one": (4, 1), "same": (4, 4), "reflow": (4, 4, 1)}
 LORA = {"adapters": "lora", "rank": 2}
 ATOMS = {"problem": "atoms", "count": 40, "width": 16, "depth": 1}
 
@@ -202,7 +202,7 @@ def picture_of(folder: Path, steps: int) -> np.ndarray:
     return plain("a red square", num_inference_steps=steps, guidance_scale=1.0, **sizes).images
 
 
-WITH_INPUTS = {"scales": ("lcm", {"scales": (2.0, 8.0)}), "lengths": ("sfd", {"lengths": (2, 4)})}
+WITH_INPUTS = {"scales": ("lcm", {"scales": (2.0, 8.0)}), "lengths": ("sfd", {"lengths": (3, 4)})}
 
 
 @pytest.mark.parametrize("option", WITH_INPUTS)
@@ -237,8 +237,10 @@ NO: dict[str, tuple[str, dict[str, Any], str]] = {
     "noised data": ("progressive", {"data": "captions"}, CAPTIONS_ALONE),
     "plain states": ("lcm", {"data": "captions", "collected": (0, 0)}, CAPTIONS_ALONE),
     "a watch": ("sfd", {"data": "captions", "watch_every": 1}, "watch_every: .*captions alone"),
-    "lengths that do not divide": ("sfd", {"lengths": (2, 3)}, "lengths: 3 steps do not divide the teacher's 4"),
-    "other lengths": ("sfd", {"lengths": (4,)}, "sampled in 2 steps, so 2 must be among them"),
+    "a walk that asks nothing": ("sfd", {"analytic": True, "lengths": (1, 4)}, "in a walk of one step no network"),
+    "other lengths": ("sfd", {"lengths": (2,)}, "sampled in 4 steps, so 4 must be among them"),
+    "noise that the model does not know": ("sfd", {"sigma_min": 0.006}, "sigma_min = 0.006: this model knows noise"),
+    "any scale without guidance": ("sfd", {"any_scale": True, "guidance_scale": 1.0}, "any_scale: the teacher is not"),
     "scales without guidance": ("lcm", {"scales": (2.0, 8.0), "guidance_scale": 1.0}, "the teacher is not guided"),
     "adapters of digits": ("progressive", {"problem": "digits", **LORA}, "adapters = 'lora': they sit on the U-Net"),
     "adapters of atoms": ("dmd2", {**ATOMS, **LORA}, "adapters = 'lora': they sit on the U-Net"),

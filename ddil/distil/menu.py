@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser, map_cond, with_inputs
 from ..diffusion.noise import Source
-from ..diffusion.schedule import RectifiedFlow
+from ..diffusion.grids import karras_grid, uniform_grid
+from ..diffusion.schedule import RectifiedFlow, Schedule
 from ..diffusion.wrappers import Guided, Rescheduled, Told, innermost
 from ..forms import Form, rule
 from ..methods.add import DISTILLATION_WEIGHTS, AdversarialDistillation
@@ -36,17 +38,17 @@ from ..rollins.rollout import Rollout
 from ..rollins.states import Data, Origin, RollIn, States
 from ..rollins.teacher import Teacher
 from ..rollins.walk import Walk
-from ..solvers import solver_by_name
+from ..solvers import AnalyticFirstStep, solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
 __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'STEADY',
            'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
            'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
-           'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Walked', 'own_walk', 'Followed',
-           'Compared', 'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained',
-           'training', 'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial',
-           'adversarial', 'menu_text']
+           'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Nodes', 'least_and_most', 'nodes',
+           'Walked', 'on_nodes', 'with_analytic_step', 'own_walk', 'walked', 'Followed', 'Compared', 'FollowedL2',
+           'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
+           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -57,7 +59,8 @@ class Stage:
     reflected, on its grid; unguided: the same without guidance; data: what conditions (and clean samples) come from;
     shape: of one sample; updates, batch: how long it is trained; source: of everything that is drawn; ddil: whose
     states (None: the plain ones of the method); options: those of the entry; begin: gives a further network that
-    begins as the student does; features: what a judge may look through; place: a folder for what a method stores.
+    begins as the student does; features: what a judge may look through; place: a folder for what a method stores;
+    index: which of the plan's stages it is, from 0.
     """
 
     student: Denoiser
@@ -76,6 +79,7 @@ class Stage:
     features: Features | None = None
     place: Path | None = None
     identity: dict = field(default_factory=dict)
+    index: int = 0
 
     def following(self, decay: float) -> float | None:
         """The decay of an average that follows the student; None (no average) where only adapters learn, whose base
@@ -187,12 +191,12 @@ class Entry:
     title, papers: for people; aliases: other names; states, question: the two functions; look: how many of its steps
     the teacher looks ahead for a label (None: as far as the student steps); solver: that the student is sampled with;
     options: the form of the method's own options; settings: defaults of the plan; steps: "halving" stages, "once"
-    (teacher's steps, student's), "one" (a student of one step) or "same" (as many steps as the teacher); needs: of
-    NEEDS; networks: what learns beside the student; cost: of an update, in words; ddil: why DDIL's states have no
-    place here, if they have none; inputs: further inputs of the student; present: under which schedule student and
-    teacher are presented; teacher: how the teacher is put on its grid; finished: the student as it is sampled; then:
-    the
-    entry that follows in the next stage.
+    (teacher's steps, student's), "again" (the same, and further stages), "one" (a student of one step) or "same" (as
+    many steps as the teacher); needs: of NEEDS; networks: what learns beside the student; cost: of an update, in
+    words; ddil: why DDIL's states have no place here, if they have none; inputs: further inputs of the student;
+    present: under which schedule student and teacher are presented; teacher: how the teacher is put on its grid;
+    walks: the student as it walks the grid of its teacher; finished: the student as it is sampled; then: the entry
+    that follows in the next stage.
     """
 
     name: str
@@ -213,6 +217,7 @@ class Entry:
     inputs: Callable[[Form], tuple[str, ...]] = lambda options: ()
     present: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser
     teacher: Callable[..., Teacher] | None = None
+    walks: Callable[[Denoiser, Teacher, Form], Denoiser] = lambda student, teacher, options: student
     finished: Callable[[Denoiser, int, float | None], Denoiser] = lambda student, steps, scale: student
     then: str | None = None
     starts_at_data: bool = True
@@ -259,25 +264,29 @@ def check_steps(entry: Entry, stages: Sequence[int]) -> None:
         return
     after = {
         "once": "and the student's, a divisor of them, such as 32, 4",
+        "again": "and each student's, a divisor of its teacher's, such as 16, 4, or 24, 6, 2",
         "one": "and 1, such as 16, 1",
         "same": "twice, such as 16, 16",
         "reflow": "twice, and 1, such as 16, 16, 1",
     }[entry.steps]
-    first = stages[0] if stages else 0
-    rest = {"once": None, "one": [1], "same": [first], "reflow": [first, 1]}[entry.steps]
-    fits = (
-        len(stages) == 2 and min(stages) >= 1 and first % stages[-1] == 0 if rest is None else list(stages[1:]) == rest
-    )
-    if first < 1 or not fits:
+    if not stages or min(stages) < 1 or not _fit(entry.steps, list(stages)):
         raise ValueError(f"the stages of {entry.name} are the teacher's steps {after}; not {list(stages)}")
+
+
+def _fit(steps: str, stages: list[int]) -> bool:
+    """Whether these numbers of steps are of that kind."""
+    first, rest = stages[0], stages[1:]
+    if steps in ("once", "again"):
+        divide = all(teacher % student == 0 for teacher, student in pairwise(stages))
+        return divide and (len(rest) == 1 or steps == "again" and len(set(rest)) == len(rest) > 1)
+    return rest == {"one": [1], "same": [first], "reflow": [first, 1]}[steps]
 
 
 def default_stages(entry: Entry, first: int, last: int) -> tuple[int, ...]:
     """The stages from a teacher of `first` steps to a student of `last`."""
     if entry.steps != "halving":
-        return {"once": (first, last), "one": (first, 1), "same": (first, first), "reflow": (first, first, 1)}[
-            entry.steps
-        ]
+        rest = {"once": (last,), "again": (last,), "one": (1,), "same": (first,), "reflow": (first, 1)}
+        return (first, *rest[entry.steps])
     stages = [first]
     while stages[-1] > last and stages[-1] % 2 == 0:
         stages.append(stages[-1] // 2)
@@ -447,7 +456,53 @@ enter(
 )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #3c733acc
-class Walked(Form):
+class Nodes(Form):
+    """Options of where a walk's nodes lie."""
+
+    spacing: Literal["polynomial", "time"] = Field(
+        "polynomial", description="of the nodes: Karras' grid, or equal in time (whole indices of a discrete model)"
+    )
+    sigma_max: float | None = Field(
+        None, gt=0, description="noise to signal where a walk begins; none: 80, or the most that the model knows"
+    )
+    sigma_min: float = Field(0.006, ge=0, description="noise to signal where it ends; 0 (with time): clean samples")
+    rho: float = Field(7.0, gt=0, description="of Karras' grid")
+
+    @rule
+    def lie_somewhere(self) -> Iterable[str]:
+        """The noise falls, and what is said is used."""
+        if self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            yield f"sigma_min = {self.sigma_min:g}: noise falls in a walk: choose one below {self.sigma_max:g}"
+        if self.spacing == "polynomial" and self.sigma_min == 0:
+            yield "sigma_min = 0: Karras' grid ends at some noise, such as 0.006: choose one, or spacing = 'time'"
+        if self.spacing == "time" and "rho" in self.model_fields_set:
+            yield f"rho = {self.rho:g}: only Karras' grid has one: choose spacing = 'polynomial', or leave it out"
+
+
+def least_and_most(schedule: Schedule) -> tuple[float, float]:
+    """The noise-to-signal ratios that a model of this schedule knows; a discrete one none below its first index."""
+    first = 1 / schedule.knots if hasattr(schedule, "knots") else 0.0
+    least, most = (schedule.sigma(t) / max(schedule.alpha(t), 1e-300) for t in (first, 1.0))
+    return float(least), float(most)
+
+
+def nodes(schedule: Schedule, steps: int, options: Nodes) -> Tensor:
+    """`steps` + 1 times of a walk. Raises ValueError for noise that the model does not know."""
+    least, most = least_and_most(schedule)
+    low, high = options.sigma_min, options.sigma_max or min(80.0, most)
+    if 0 < low < least or high > most:
+        name, value = ("sigma_min", low) if low < least else ("sigma_max", high)
+        raise ValueError(f"{name} = {value:g}: this model knows noise to signal from {least:.4g} to {most:.4g}")
+    if options.spacing == "polynomial":
+        return karras_grid(schedule, steps, low, high, options.rho)
+    ratios = torch.tensor([high, low or 1.0], dtype=torch.float64)
+    begin, end = schedule.time(-2 * ratios.log()).tolist()
+    grid = uniform_grid(steps, begin if options.sigma_max else 1.0, end if low else 0.0)
+    knots = getattr(schedule, "knots", None)
+    return (grid * knots).round() / knots if knots else grid
+
+# %% ../../nbs/09_distil/01_menu.ipynb #e22d8761
+class Walked(Nodes):
     """Options of SFD."""
 
     distance: DistanceName = Field("l1", description="between the student's arrival and the teacher's")
@@ -455,8 +510,12 @@ class Walked(Form):
         "trajectory", description="trajectory: the teacher's own walk; teacher: asked again at the student's states"
     )
     driver: Literal["student", "teacher"] = Field("student", description="who makes the steps")
-    lengths: tuple[int, ...] = Field(
+    analytic: bool = Field(True, description="the student's first step is analytic: no network is asked")
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="numbers of steps of one student for all of them (SFD-v); none: the student's alone"
+    )
+    any_scale: bool = Field(
+        False, description="imitate the teacher without guidance; the student is guided as it is sampled, at any scale"
     )
 
     @property
@@ -470,19 +529,33 @@ class Walked(Form):
         if (self.labeller, self.driver) == ("teacher", "teacher"):
             yield "labeller = 'teacher': a teacher that drives labels with its own walk: choose 'trajectory'"
 
+# %% ../../nbs/09_distil/01_menu.ipynb #293ce243
+def on_nodes(
+    denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Walked, **rest
+) -> Teacher:
+    """The teacher on the nodes of a walk."""
+    return Teacher(denoiser, nodes(denoiser.schedule, steps[0], options), steps[0] // steps[1], rest["solver"])
+
+
+def with_analytic_step(student: Denoiser, teacher: Teacher, options: Walked) -> Denoiser:
+    """The student with an analytic first step on its teacher's grid, if it shall have one."""
+    return AnalyticFirstStep(student, teacher.stops[0]) if options.analytic else student
+
 
 def own_walk(stage: Stage) -> RollIn:
-    """The walk of the student, or of the teacher, on one grid or on several in turn.
+    """The walk of the student, or of the teacher, on one grid or on several in turn, where each of the student's steps
+    is as many of the teacher's. Only a first stage has several.
 
     Raises ValueError for lengths that the student cannot walk, and if its own is not among them.
     """
     options, teacher = stage.options, stage.teacher
-    all_steps, own = len(teacher.grid) - 1, len(teacher.student_grid) - 1
-    if strange := [n for n in options.lengths if n < 1 or all_steps % n]:
-        raise ValueError(f"lengths: {strange[0]} steps do not divide the teacher's {all_steps}")
-    if options.lengths and own not in options.lengths:
+    own, lengths = len(teacher.student_grid) - 1, () if stage.index else options.lengths
+    if options.analytic and min(own, *lengths, 2) < 2:
+        raise ValueError("analytic: in a walk of one step no network is asked: choose analytic = False, or 2 steps")
+    if lengths and own not in lengths:
         raise ValueError(f"lengths: the student is to be sampled in {own} steps, so {own} must be among them")
-    teachers = [Teacher(teacher.denoiser, teacher.grid, all_steps // n, teacher.solver) for n in options.lengths]
+    times = {n: nodes(teacher.denoiser.schedule, n * teacher.stride, options) for n in lengths}
+    teachers = [Teacher(teacher.denoiser, grid, teacher.stride, teacher.solver) for grid in times.values()]
     return Walk(
         stage.student,
         teachers or teacher,
@@ -493,6 +566,13 @@ def own_walk(stage: Stage) -> RollIn:
         source=stage.source,
     )
 
+# %% ../../nbs/09_distil/01_menu.ipynb #ebd4eb69
+def walked(student: Denoiser, steps: int, scale: float | None) -> Denoiser:
+    """The student, told its number of steps if it asks for it, and guided if its teacher was not."""
+    student = Told(student, steps=steps) if "steps" in student.inputs else student
+    free = scale not in (None, 1.0) and not student.guidance_distilled
+    return Guided(student, scale) if free else student
+
 # %% ../../nbs/09_distil/01_menu.ipynb #0aef00a2
 enter(
     Entry(
@@ -502,10 +582,14 @@ enter(
         own_walk,
         lambda stage: Regression(stage.teacher, stage.options.distance),
         "student and back, and a share of the teacher's walk",
+        steps="again",
         options=Walked,
+        settings={"stages": (16, 4), "teacher_solver": "dpm_solver_pp_3m"},
         inputs=lambda options: options.inputs,
         ddil="its states are a walk of their own: choose its driver",
-        finished=lambda student, steps, scale: Told(student, steps=steps) if "steps" in student.inputs else student,
+        teacher=on_nodes,
+        walks=with_analytic_step,
+        finished=walked,
         starts_at_data=False,
     )
 )

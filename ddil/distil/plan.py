@@ -118,8 +118,14 @@ def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str
                 f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them"
             )
         own = {name: values.pop(name) for name in form.model_fields if name in values}
-        values[key] = _understood(form, {**(values.get(key) or {}), **own})
+        suited = _of_form(form, kind)
+        values[key] = _understood(form, {**suited, **(values.get(key) or {}), **own})
     return entry, kind, values
+
+
+def _of_form(form: type[Form], kind: Kind | None) -> dict[str, Any]:
+    """The defaults of a kind of problem that are options of a form."""
+    return {name: value for name, value in (kind.defaults if kind else {}).items() if name in form.model_fields}
 
 
 def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
     """What the problem, and over it the method's paper, give where a plan says nothing."""
-    known = dict(kind.defaults if kind else SMALL)
+    known = _of_form(Plan, kind) if kind else dict(SMALL)
     if entry.steps != "halving":
         known["stages"] = default_stages(entry, known["stages"][0], 4)
     if entry.ddil:

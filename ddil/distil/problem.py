@@ -39,7 +39,7 @@ from ..solvers.sampler import Sampler
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Bar', 'KINDS_OF_PROBLEM', 'Problem', 'first_sample', 'check_problem', 'has_pictures', 'no_bar', 'Kind',
+__all__ = ['Bar', 'KINDS_OF_PROBLEM', 'EXPORTABLE', 'Problem', 'first_sample', 'check_problem', 'has_pictures', 'no_bar', 'Kind',
            'problem_kind', 'kind_by_name', 'DigitsOptions', 'digits_problem', 'AtomsOptions', 'atoms_problem',
            'random_features', 'ModelOptions', 'ScenesOptions', 'scene_items', 'items_of', 'problem_of_model',
            'model_problem']
@@ -134,8 +134,8 @@ def problem_kind(
 ) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
     """Register a function `(options, accelerator, bar, pictures, output) -> Problem` as a kind of problem.
 
-    `defaults`: values of a plan that suit it, such as updates and learning_rate. Raises ValueError if the name is
-    taken.
+    `defaults`: values of a plan that suit it, such as updates and learning_rate; and options of methods, which hold
+    for the methods that have them. Raises ValueError if the name is taken.
     """
 
     def register(make: Callable[..., Problem]) -> Callable[..., Problem]:
@@ -366,10 +366,14 @@ def model_problem(
     return problem
 
 # %% ../../nbs/09_distil/02_problem.ipynb #7274d3fe
+EXPORTABLE = {"spacing": "time", "sigma_min": 0.0, "analytic": False}  # walks that plain diffusers takes, too
+
+
 @problem_kind(
     "model",
     ModelOptions,
     "a text-to-image model in diffusers' format, and captioned pictures",
+    **EXPORTABLE,
     stages=(32, 16, 8, 4),
     updates=10000,
     batch=64,
@@ -384,6 +388,7 @@ def _model(options: ModelOptions, accelerator: Accelerator, bar: Bar, pictures: 
     "scenes",
     ScenesOptions,
     "captioned scenes of 32 × 32 with the text-to-image model that ships",
+    **EXPORTABLE,
     stages=(32, 16, 8, 4),
     updates=200,
     batch=32,

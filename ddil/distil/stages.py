@@ -43,9 +43,9 @@ from ..training.trainer import Trainer
 from ..words import progress
 
 # %% auto #0
-__all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'Ready', 'begin_as', 'stage_of', 'identity_of', 'watch_of', 'distil',
-           'untold', 'train_stage', 'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures',
-           'carry_out']
+__all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'at_any_scale', 'taught_scale', 'Ready', 'begin_as', 'stage_of',
+           'identity_of', 'watch_of', 'distil', 'handed_on', 'train_stage', 'make_ready', 'sampler_of', 'load_stage',
+           'make_problem', 'needs_pictures', 'carry_out']
 
 # %% ../../nbs/09_distil/04_stages.ipynb #23c3409a
 def entry_of(plan: Plan, index: int) -> Entry:
@@ -98,6 +98,10 @@ def _unsuited(entry: Entry, problem: Problem, plan: Plan) -> Iterator[str]:
         yield "scales: the teacher is not guided, so there are no guidance scales to choose among"
     elif scales and scale is not None and not scales[0] <= scale <= scales[1]:
         yield f"scales = {scales}: the student is sampled at the problem's scale {scale:g}, which is not among them"
+    if at_any_scale(plan) and not isinstance(problem.teacher, Guided):
+        yield "any_scale: the teacher is not guided, so there are no guidance scales to choose among"
+    elif at_any_scale(plan) and not problem.unguided.knows_null:
+        yield f"any_scale: needs {NEEDS['null condition']}"
     first = first_sample(problem.data)
     if plan.reflection == "static" and first is not None and float(first.abs().max()) > plan.bound:
         yield (
@@ -135,6 +139,16 @@ def check(problem: Problem, plan: Plan) -> None:
         )
 
 # %% ../../nbs/09_distil/04_stages.ipynb #dba9d7d7
+def at_any_scale(plan: Plan) -> bool:
+    """Whether the student imitates the teacher without its guidance, to be guided itself."""
+    return bool(plan.options.model_dump().get("any_scale"))
+
+
+def taught_scale(problem: Problem, plan: Plan) -> float | None:
+    """The guidance scale of the teacher that the student imitates."""
+    return 1.0 if at_any_scale(plan) else problem.guidance_scale
+
+
 @dataclass
 class Ready:
     """A stage that is ready to be trained: the stage itself, its entry, method and roll-in, the trainer's settings,
@@ -185,9 +199,10 @@ def _denoisers(
     teacher, unguided = (problem.teacher, problem.unguided) if before is None else (before, before)
     inputs = tuple(name for name in entry.inputs(options) if name not in base.inputs)
     student = begin_as(base, plan, "student", inputs)
-    student.guidance_distilled = (
-        base.guidance_distilled or isinstance(problem.teacher, Guided) and problem.guidance_scale != 1
-    )
+    guided = isinstance(problem.teacher, Guided) and problem.guidance_scale != 1
+    student.guidance_distilled = (base.guidance_distilled or guided) and not at_any_scale(plan)
+    if at_any_scale(plan):
+        teacher = unguided
     if before is None and "guidance_scale" in inputs:
         teacher = Guided(unguided, None)
     present = plan.entry.present
@@ -216,14 +231,16 @@ def stage_of(
     pairs.
     """
     entry, settings = entry_of(plan, index), plan.settings(plan.pairs[index][1])
-    student, teacher, unguided = (plan.reflect(one) for one in _denoisers(problem, plan, index, before))
+    student, denoiser, unguided = (plan.reflect(one) for one in _denoisers(problem, plan, index, before))
+    teacher = _on_grid(problem, plan, index, denoiser)
+    student = entry.walks(student, teacher, plan.options)
     data, base = problem.data, innermost(problem.student if before is None else before)
     if scales := plan.options.model_dump().get("scales"):
         data = GuidanceRange(data, *scales)
     source = Source(settings.seed, shard, student.device)
     stage = Stage(
         student,
-        _on_grid(problem, plan, index, teacher),
+        teacher,
         unguided,
         data,
         problem.shape,
@@ -238,6 +255,7 @@ def stage_of(
         problem.features,
         place,
         identity_of(problem, plan),
+        index,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of what is new beside the student: heads of a judge
@@ -318,13 +336,16 @@ def distil(
         if not (place / "student").is_dir():
             train_stage(problem, plan, index, before, place, accelerator, bar)
         students[steps[1]] = load_stage(place / "student", identity_of(problem, plan), accelerator.device)
-        before = untold(copy.deepcopy(students[steps[1]].denoiser))
+        before = handed_on(copy.deepcopy(students[steps[1]].denoiser))
     return students
 
 
-def untold(denoiser: Denoiser) -> Denoiser:
-    """A student that takes its further inputs again: the next stage tells each row its own."""
-    return denoiser.denoiser if isinstance(denoiser, Told) else denoiser
+def handed_on(denoiser: Denoiser) -> Denoiser:
+    """A student as the next stage's teacher: not guided, and told its number of steps, but no scale: each row has its
+    own.
+    """
+    student = denoiser.denoiser if isinstance(denoiser, Guided) else denoiser
+    return student.denoiser if isinstance(student, Told) and "guidance_scale" in student.values else student
 
 
 def _as_launched(plan: Plan, processes: int) -> Plan:
@@ -418,7 +439,8 @@ def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, tex
         "roll-in": ready.rollin.log(),
     }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
-    return Sampler(student, ready.grid, problem.shape, ready.sampler, problem.guidance_scale, provenance)
+    scale = taught_scale(problem, plan)
+    return Sampler(student, ready.grid, problem.shape, ready.sampler, scale, provenance)
 
 
 def load_stage(place: Path, identity: dict[str, Any], device: torch.device) -> Sampler:
