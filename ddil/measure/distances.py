@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -174,11 +175,59 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # of rows (n,
 }
 
 
-def mmd(a: Tensor, b: Tensor, kernel: str = "energy", bandwidth: float | None = None, block: int = 1024) -> float:
+@dataclass(frozen=True)
+class _Pairs:
+    """A kernel summed over pairs of rows, `block` × `block` of them at a time."""
+
+    kernel: str
+    bandwidth: float | None
+    block: int
+
+    def values(self, x: Tensor, y: Tensor) -> Tensor:
+        return KERNELS[self.kernel](x, y, self.bandwidth)
+
+    def total(self, x: Tensor, y: Tensor) -> Tensor:
+        """Over all pairs of a row of `x` and a row of `y`."""
+        return sum(self.values(p, q).sum() for p in x.split(self.block) for q in y.split(self.block))
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Over all pairs of different rows."""
+        if self.kernel == "gaussian":
+            return self.total(x, x) - self.values(x[:, None], x[:, None]).sum()
+        return self.total(x, x) - sum(self.values(row[None], row[None]).sum() for row in x)
+
+    def within(self, x: Tensor, classes: Tensor | None) -> Tensor:
+        """The mean for two independent samples of the law of `x`, estimated without bias."""
+        if classes is None:
+            return self.apart(x) / (len(x) * (len(x) - 1))
+        parts = [x[(classes == one).to(x.device)] for one in classes.unique()]
+        return (self.apart(x) + sum(self.apart(part) / (len(part) - 1) for part in parts)) / len(x) ** 2
+
+# %% ../../nbs/05_measure/02_distances.ipynb #f8c636bc
+def _check_classes(x: Tensor, classes: Tensor | None, name: str) -> None:
+    if classes is None:
+        return
+    if classes.shape != (len(x),):
+        raise ValueError(f"{name}: {len(x)} rows need as many classes, not {tuple(classes.shape)}")
+    counts = dict(zip(*(part.tolist() for part in classes.unique(return_counts=True))))
+    if lonely := [one for one, count in counts.items() if count < 2]:
+        raise ValueError(f"{name}: class {lonely[0]} has one row, and a pair within each class is needed")
+
+# %% ../../nbs/05_measure/02_distances.ipynb #fd564772
+def mmd(
+    a: Tensor,
+    b: Tensor,
+    kernel: str = "energy",
+    bandwidth: float | None = None,
+    block: int = 1024,
+    classes: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> float:
     """Unbiased squared maximum mean discrepancy of `a` (n, …) and `b` (m, …), by block × block pairs at a time.
 
-    kernel: "energy", "gaussian" (of that `bandwidth`) or "polynomial" (that of KID). Raises ValueError for an unknown
-    kernel, a bandwidth where there is none or none where there must be, or fewer than 2 rows.
+    kernel: "energy", "gaussian" (of that `bandwidth`) or "polynomial" (that of KID). classes: of the rows of a and of
+    b, (n,) and (m,), where it was fixed how many rows each class has; None where the rows were drawn freely.
+    Raises ValueError for an unknown kernel, a bandwidth where there is none or none where there must be, fewer than 2
+    rows (of a class, where they are given), or classes of another shape.
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; known are {', '.join(KERNELS)}")
@@ -186,16 +235,11 @@ def mmd(a: Tensor, b: Tensor, kernel: str = "energy", bandwidth: float | None = 
         raise ValueError(f"the Gaussian kernel, and no other, needs a positive bandwidth: {bandwidth} for {kernel!r}")
     a, b = _matrix(a, "samples a", rows=2), _matrix(b, "samples b", rows=2)
     _same_width(a, b, "samples a and b")
-    values = lambda x, y: KERNELS[kernel](x, y, bandwidth)
-    total = lambda x, y: sum(values(p, q).sum() for p in x.split(block) for q in y.split(block))
-
-    def within(x: Tensor) -> Tensor:
-        """The mean over pairs of different rows."""
-        by_row = kernel != "gaussian"
-        own = sum(values(row[None], row[None]).sum() for row in x) if by_row else values(x[:, None], x[:, None]).sum()
-        return (total(x, x) - own) / (len(x) * (len(x) - 1))
-
-    return (within(a) + within(b) - 2 * total(a, b.to(a.device)) / (len(a) * len(b))).item()
+    _check_classes(a, classes[0], "samples a")
+    _check_classes(b, classes[1], "samples b")
+    pairs = _Pairs(kernel, bandwidth, block)
+    between = pairs.total(a, b.to(a.device)) / (len(a) * len(b))
+    return (pairs.within(a, classes[0]) + pairs.within(b, classes[1]) - 2 * between).item()
 
 # %% ../../nbs/05_measure/02_distances.ipynb #c8446242
 def wasserstein(a: Tensor, b: Tensor) -> float:
