@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from .distances import density_coverage, frechet_distance, mmd, Moments
-from .images import Extractor, features_of, Images
+from .images import Extractor, features_of, Images, to_bytes
+from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['Classes', 'Protocol', 'Figure', 'same_protocol', 'how_classes_came', 'Reference', 'kernel_distance', 'judge']
+__all__ = ['SETTINGS', 'Protocol', 'Figure', 'same_protocol', 'Setting', 'Reference', 'judge']
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #8c31f372
 @dataclass(frozen=True)
@@ -27,9 +31,7 @@ class Protocol:
     The number of evaluations (NFE) may differ, since it is what samplers are compared by. samples: how many; seed: of
     their noise; extractor, weights, resize: the network that judges, the hash of its weights, how it resizes;
     reference, reference_hash: the pictures held against; guidance_scale: at which the samples were drawn (None: not
-    guided); classes, reference_classes: how the classes of the samples and of the reference came about, "drawn" by
-    chance, "balanced" (it was fixed how many there are of each) or "not said"; further: what else decides the figure,
-    such as {"k": 5}.
+    guided); further: what else decides the figure, such as {"k": 5}.
     """
 
     metric: str
@@ -41,8 +43,6 @@ class Protocol:
     reference: str = "none"
     reference_hash: str = "none"
     guidance_scale: float | None = None
-    classes: str = "not said"
-    reference_classes: str = "not said"
     further: dict[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
@@ -61,6 +61,12 @@ class Figure:
     nfe: float | None = None
 
 
+def _plain(protocol: Protocol) -> dict[str, Any]:
+    """All fields of a protocol by name, those in `further` beside the others."""
+    plain = asdict(protocol)
+    return {**plain.pop("further"), **plain}
+
+
 def same_protocol(figures: Iterable[Figure]) -> Protocol:
     """The one protocol of some figures. Raises ValueError that names the fields that differ, and for no figures."""
     figures = list(figures)
@@ -68,49 +74,64 @@ def same_protocol(figures: Iterable[Figure]) -> Protocol:
         raise ValueError("there are no figures")
     first = figures[0].protocol
     for figure in figures[1:]:
-        mine, theirs = asdict(first), asdict(figure.protocol)
-        pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        mine, theirs = _plain(first), _plain(figure.protocol)
+        pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
+        pairs = {name: both for name, both in pairs.items() if both[0] != both[1]}
         if differing := [f"{name} is {one!r} and {other!r}" for name, (one, other) in pairs.items()]:
             raise ValueError(
                 f"these figures were measured differently and cannot share a table: {'; '.join(differing)}"
             )
     return first
 
+# %% ../../nbs/05_measure/04_protocols.ipynb #ecc8d062
+@dataclass(frozen=True)
+class Setting:
+    """How the students of a table are drawn, and how their pictures are seen.
+
+    size: in pixels, to which pictures, drawn and real, are made smaller (None: none are; none are ever enlarged);
+    samplers: the solver's name by method, or "teacher", where it is not the sampler's own; teacher_steps: of the
+    teacher that stands beside the students.
+    """
+
+    name: str
+    size: int | None = None
+    samplers: Mapping[str, str] = field(default_factory=dict)
+    teacher_steps: int = 32
+
+    def drawn(self, sampler: Sampler, method: str) -> Sampler:
+        """The sampler of a student of `method`, or of the "teacher", as this setting draws it."""
+        return replace(sampler, solver=self.samplers.get(method, sampler.solver))
+
+    def width(self, size: int) -> int:
+        """The size in which pictures of `size` pixels are judged."""
+        return size if self.size is None else min(self.size, size)
+
+    def seen(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, channels, height, width) in [-1, 1] at the size in which they are judged."""
+        size = self.width(pictures.shape[-1])
+        if pictures.shape[-2:] == (size, size):
+            return pictures
+        small = [Image.fromarray(one).resize((size, size), Image.Resampling.LANCZOS) for one in to_bytes(pictures)]
+        return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(pictures) / 127.5 - 1
+
+    def fields(self, size: int) -> dict[str, Any]:
+        """Plain values for the protocol of a figure of pictures that are drawn `size` pixels wide."""
+        seen = self.width(size)
+        how = f"{seen} pixels wide" + (f", from {size} by Lanczos' filter" if seen < size else "")
+        solvers = {f"sampler, {method}": solver for method, solver in self.samplers.items()}
+        return {"setting": self.name, "pictures": how, "samplers": "each its own", **solvers}
+
+# %% ../../nbs/05_measure/04_protocols.ipynb #40927c04
+_SECOND_ORDER = {"progressive": "dpm_solver_pp_2m", "teacher": "dpm_solver_pp_2m"}
+SETTINGS = {one.name: one for one in (Setting("ours"), Setting("paper", 256, _SECOND_ORDER, 50))}
+
 # %% ../../nbs/05_measure/04_protocols.ipynb #862d4faf
-Classes = Tensor | Literal["drawn", "not said"]
-
-
-def how_classes_came(classes: Classes, count: int) -> str:
-    """"balanced" where classes are given, one for each of `count` pictures; else what is said of them.
-
-    Raises ValueError for another word, or another number of classes.
-    """
-    if isinstance(classes, Tensor):
-        if classes.shape != (count,):
-            raise ValueError(f"{count} pictures need as many classes, not {tuple(classes.shape)}")
-        return "balanced"
-    if classes not in ("drawn", "not said"):
-        raise ValueError(f"classes are a tensor, 'drawn' or 'not said', not {classes!r}")
-    return classes
-
-# %% ../../nbs/05_measure/04_protocols.ipynb #1bf43123
 class Reference:
-    """The first `count` of `images` as `extractor` sees them. `hash`: of the pictures' bytes, in order.
-
-    classes: of the pictures, (count,), where it was fixed how many there are of each, or "drawn" (`how_classes_came`).
-    """
+    """The first `count` of `images` as `extractor` sees them. `hash`: of the pictures' bytes, in order."""
 
     def __init__(
-        self,
-        name: str,
-        images: Images,
-        count: int,
-        extractor: Extractor,
-        batch_size: int = 64,
-        progress: bool = False,
-        classes: Classes = "not said",
+        self, name: str, images: Images, count: int, extractor: Extractor, batch_size: int = 64, progress: bool = False
     ):
-        how_classes_came(classes, count)
         digest = hashlib.sha256()
 
         def hashed(ids: Sequence[int]) -> Tensor:
@@ -118,36 +139,16 @@ class Reference:
             digest.update(pictures.detach().cpu().float().contiguous().numpy().tobytes())
             return pictures
 
-        self.name, self.extractor, self.classes = name, extractor, classes
+        self.name, self.extractor = name, extractor
         self.features = features_of(hashed, count, extractor, batch_size, progress=progress)
         self.hash = digest.hexdigest()[:16]
         self.moments = Moments.of(self.features)
 
-    def protocol(
-        self,
-        metric: str,
-        samples: int,
-        seed: int,
-        guidance_scale: float | None,
-        classes: str = "not said",
-        **further: Any,
-    ) -> Protocol:
+    def protocol(self, metric: str, samples: int, seed: int, guidance_scale: float | None, **further: Any) -> Protocol:
         """That of a metric against this reference."""
         judge, pictures = self.extractor, f"{self.name}, {len(self.features)}"
         seen = (judge.name, judge.weights, judge.resize, pictures, self.hash)
-        both = classes, how_classes_came(self.classes, len(self.features))
-        return Protocol(metric, samples, seed, *seen, guidance_scale, *both, further)
-
-# %% ../../nbs/05_measure/04_protocols.ipynb #852ab50b
-def kernel_distance(
-    features: Tensor, classes: Classes, reference: Tensor, reference_classes: Classes
-) -> tuple[float, dict[str, str]]:
-    """KID of features (n, d) and (m, d), and how it was estimated, for its protocol."""
-    both = (classes, reference_classes)
-    known = tuple(one if isinstance(one, Tensor) else None for one in both)
-    unbiased = not any(isinstance(one, str) and one == "not said" for one in both)
-    estimator = "unbiased" if unbiased else "unbiased only for free draws"
-    return mmd(features, reference, "polynomial", classes=known), {"estimator": estimator}
+        return Protocol(metric, samples, seed, *seen, guidance_scale, further)
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #70bafe84
 def judge(
@@ -155,7 +156,6 @@ def judge(
     count: int,
     reference: Reference,
     *,
-    classes: Classes = "not said",
     seed: int = 0,
     guidance_scale: float | None = None,
     nfe: float | None = None,
@@ -166,17 +166,16 @@ def judge(
 ) -> dict[str, Figure]:
     """FID, KID, precision, recall, density and coverage of the pictures of ids 0 … count - 1, with their protocols.
 
-    They are held against `reference`. classes: of the pictures, (count,), where it was fixed how many there are of
-    each, or "drawn". seed, guidance_scale, nfe: how `images` were made. Over several processes of `accelerator` each
-    makes its share, and all get the figures. Raises ValueError for another number of classes.
+    They are held against `reference`. seed, guidance_scale, nfe: how `images` were made. Over several processes of
+    `accelerator` each makes its share, and all get the figures.
     """
-    came = how_classes_came(classes, count)
     features = features_of(images, count, reference.extractor, batch_size, accelerator, progress)
+    kid = mmd(features, reference.features, "polynomial")
     values = {
         "FID": (frechet_distance(features, reference.moments), {}),
-        "KID": kernel_distance(features, classes, reference.features, reference.classes),
+        "KID": (kid, {"estimator": "unbiased, all pairs"}),
     }
     neighbours = density_coverage(reference.features, features, k)
     values |= {metric: (value, {"k": k}) for metric, value in neighbours.items()}
-    protocol = lambda metric, further: reference.protocol(metric, count, seed, guidance_scale, came, **further)
+    protocol = lambda metric, further: reference.protocol(metric, count, seed, guidance_scale, **further)
     return {metric: Figure(value, protocol(metric, further), nfe) for metric, (value, further) in values.items()}
