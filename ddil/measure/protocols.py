@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from .images import Extractor, features_of, Images, to_bytes
 from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['SETTINGS', 'Protocol', 'Figure', 'same_protocol', 'Setting', 'Reference', 'judge']
+__all__ = ['SETTINGS', 'Classes', 'Protocol', 'Figure', 'same_protocol', 'Setting', 'how_classes_came', 'Reference',
+           'kernel_distance', 'judge']
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #8c31f372
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Protocol:
     The number of evaluations (NFE) may differ, since it is what samplers are compared by. samples: how many; seed: of
     their noise; extractor, weights, resize: the network that judges, the hash of its weights, how it resizes;
     reference, reference_hash: the pictures held against; guidance_scale: at which the samples were drawn (None: not
-    guided); further: what else decides the figure, such as {"k": 5}.
+    guided); classes, reference_classes: how the classes of the samples and of the reference came about, "drawn" by
+    chance, "balanced" (it was fixed how many there are of each) or "not said"; further: what else decides the figure,
+    such as {"k": 5}.
     """
 
     metric: str
@@ -43,6 +46,8 @@ class Protocol:
     reference: str = "none"
     reference_hash: str = "none"
     guidance_scale: float | None = None
+    classes: str = "not said"
+    reference_classes: str = "not said"
     further: dict[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
@@ -126,12 +131,40 @@ _SECOND_ORDER = {"progressive": "dpm_solver_pp_2m", "teacher": "dpm_solver_pp_2m
 SETTINGS = {one.name: one for one in (Setting("ours"), Setting("paper", 256, _SECOND_ORDER, 50))}
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #862d4faf
+Classes = Tensor | Literal["drawn", "not said"]
+
+
+def how_classes_came(classes: Classes, count: int) -> str:
+    """"balanced" where classes are given, one for each of `count` pictures; else what is said of them.
+
+    Raises ValueError for another word, or another number of classes.
+    """
+    if isinstance(classes, Tensor):
+        if classes.shape != (count,):
+            raise ValueError(f"{count} pictures need as many classes, not {tuple(classes.shape)}")
+        return "balanced"
+    if classes not in ("drawn", "not said"):
+        raise ValueError(f"classes are a tensor, 'drawn' or 'not said', not {classes!r}")
+    return classes
+
+# %% ../../nbs/05_measure/04_protocols.ipynb #1bf43123
 class Reference:
-    """The first `count` of `images` as `extractor` sees them. `hash`: of the pictures' bytes, in order."""
+    """The first `count` of `images` as `extractor` sees them. `hash`: of the pictures' bytes, in order.
+
+    classes: of the pictures, (count,), where it was fixed how many there are of each, or "drawn" (`how_classes_came`).
+    """
 
     def __init__(
-        self, name: str, images: Images, count: int, extractor: Extractor, batch_size: int = 64, progress: bool = False
+        self,
+        name: str,
+        images: Images,
+        count: int,
+        extractor: Extractor,
+        batch_size: int = 64,
+        progress: bool = False,
+        classes: Classes = "not said",
     ):
+        how_classes_came(classes, count)
         digest = hashlib.sha256()
 
         def hashed(ids: Sequence[int]) -> Tensor:
@@ -139,16 +172,36 @@ class Reference:
             digest.update(pictures.detach().cpu().float().contiguous().numpy().tobytes())
             return pictures
 
-        self.name, self.extractor = name, extractor
+        self.name, self.extractor, self.classes = name, extractor, classes
         self.features = features_of(hashed, count, extractor, batch_size, progress=progress)
         self.hash = digest.hexdigest()[:16]
         self.moments = Moments.of(self.features)
 
-    def protocol(self, metric: str, samples: int, seed: int, guidance_scale: float | None, **further: Any) -> Protocol:
+    def protocol(
+        self,
+        metric: str,
+        samples: int,
+        seed: int,
+        guidance_scale: float | None,
+        classes: str = "not said",
+        **further: Any,
+    ) -> Protocol:
         """That of a metric against this reference."""
         judge, pictures = self.extractor, f"{self.name}, {len(self.features)}"
         seen = (judge.name, judge.weights, judge.resize, pictures, self.hash)
-        return Protocol(metric, samples, seed, *seen, guidance_scale, further)
+        both = classes, how_classes_came(self.classes, len(self.features))
+        return Protocol(metric, samples, seed, *seen, guidance_scale, *both, further)
+
+# %% ../../nbs/05_measure/04_protocols.ipynb #852ab50b
+def kernel_distance(
+    features: Tensor, classes: Classes, reference: Tensor, reference_classes: Classes
+) -> tuple[float, dict[str, str]]:
+    """KID of features (n, d) and (m, d), and how it was estimated, for its protocol."""
+    both = (classes, reference_classes)
+    known = tuple(one if isinstance(one, Tensor) else None for one in both)
+    unbiased = not any(isinstance(one, str) and one == "not said" for one in both)
+    estimator = "unbiased" if unbiased else "unbiased only for free draws"
+    return mmd(features, reference, "polynomial", classes=known), {"estimator": estimator}
 
 # %% ../../nbs/05_measure/04_protocols.ipynb #70bafe84
 def judge(
@@ -156,6 +209,7 @@ def judge(
     count: int,
     reference: Reference,
     *,
+    classes: Classes = "not said",
     seed: int = 0,
     guidance_scale: float | None = None,
     nfe: float | None = None,
@@ -166,16 +220,17 @@ def judge(
 ) -> dict[str, Figure]:
     """FID, KID, precision, recall, density and coverage of the pictures of ids 0 … count - 1, with their protocols.
 
-    They are held against `reference`. seed, guidance_scale, nfe: how `images` were made. Over several processes of
-    `accelerator` each makes its share, and all get the figures.
+    They are held against `reference`. classes: of the pictures, (count,), where it was fixed how many there are of
+    each, or "drawn". seed, guidance_scale, nfe: how `images` were made. Over several processes of `accelerator` each
+    makes its share, and all get the figures. Raises ValueError for another number of classes.
     """
+    came = how_classes_came(classes, count)
     features = features_of(images, count, reference.extractor, batch_size, accelerator, progress)
-    kid = mmd(features, reference.features, "polynomial")
     values = {
         "FID": (frechet_distance(features, reference.moments), {}),
-        "KID": (kid, {"estimator": "unbiased, all pairs"}),
+        "KID": kernel_distance(features, classes, reference.features, reference.classes),
     }
     neighbours = density_coverage(reference.features, features, k)
     values |= {metric: (value, {"k": k}) for metric, value in neighbours.items()}
-    protocol = lambda metric, further: reference.protocol(metric, count, seed, guidance_scale, **further)
+    protocol = lambda metric, further: reference.protocol(metric, count, seed, guidance_scale, came, **further)
     return {metric: Figure(value, protocol(metric, further), nfe) for metric, (value, further) in values.items()}
