@@ -1,0 +1,220 @@
+"""The way, not only where it ends: steps, draws and weights against values derived by hand, where an exact teacher or
+a fixed point would not see the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddil.diffusion.denoiser import Cond, Denoiser, split_inputs
+from ddil.diffusion.exact import GaussianMixture
+from ddil.diffusion.noise import sample_noise
+from ddil.diffusion.schedule import Cosine, Schedule, Time, VarianceExploding
+from ddil.solvers import AnalyticFirstStep, Memory, Solver, ancestral, consistency, ctm, ddim, dpm_solver_2, sample, tcd
+from ddil.solvers.amed import AMED
+
+SCHEDULES = {"variance preserving": Cosine(), "variance exploding": VarianceExploding()}
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+class Still(Denoiser):
+    """A denoiser whose estimate is `x` everywhere; it keeps the conditions that it was asked under."""
+
+    inputs = ("end",)
+
+    def __init__(self, schedule: Schedule, x: float = 0.7):
+        super().__init__(schedule)
+        self.x, self.conds = x, []
+
+    def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
+        self.conds.append(cond)
+        return torch.full_like(z, self.x)
+
+    @property
+    def ends(self) -> list[float]:
+        """The times that it was told a jump ends at."""
+        return [split_inputs(cond)[1]["end"][0].item() for cond in self.conds]
+
+
+class Echo(Denoiser):
+    """A denoiser whose estimate is the condition."""
+
+    def predict(self, z: Tensor, t: Time, cond: Cond) -> Tensor:
+        return cond.expand(z.shape)
+
+
+def states() -> Tensor:
+    return torch.tensor([[1.3], [-0.4], [0.2]], dtype=torch.float64)
+
+
+def noise(like: Tensor) -> Tensor:
+    return torch.tensor([[0.5], [-1.2], [2.0]], dtype=torch.float64)
+
+
+def no_noise(like: Tensor) -> Tensor:
+    raise AssertionError("noise was drawn")
+
+
+def ratio(schedule: Schedule, t: float) -> float:
+    """sigma / alpha, the noise level in the variance-exploding form."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return sigma / alpha
+
+
+def jumped_and_noised(schedule: Schedule, t: float, level: float, s: float, x: float = 0.7) -> Tensor:
+    """By hand: z / alpha goes on the line to x until the noise level is `level`, and fresh noise fills up to s."""
+    scaled = states() / schedule.alpha_sigma(t)[0]
+    jumped = x + (scaled - x) * level / ratio(schedule, t)
+    filled = jumped + (ratio(schedule, s) ** 2 - level**2) ** 0.5 * noise(jumped)
+    return filled * schedule.alpha_sigma(s)[0]
+
+
+# Stochastic solvers
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("t_min", [0.0, 0.1])
+@pytest.mark.parametrize("gamma", [0.3, 0.6, 0.9])
+def test_ctm_jumps_to_the_level_of_gamma(schedule: Schedule, t_min: float, gamma: float) -> None:
+    """To sqrt(1 - gamma^2) (sigma_s - sigma_min) + sigma_min, and the student is told so."""
+    student, t, s = Still(schedule), 0.8, 0.5
+    least = ratio(schedule, t_min) if t_min else 0.0
+    level = math.sqrt(1 - gamma**2) * (ratio(schedule, s) - least) + least
+    z = ctm(student, states(), t, s, memory=Memory(noise, 2), gamma=gamma, t_min=t_min)
+    torch.testing.assert_close(z, jumped_and_noised(schedule, t, level, s))
+    assert ratio(schedule, student.ends[0]) == pytest.approx(level)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+def test_tcd_in_continuous_time_jumps_to_the_rest_of_eta(schedule: Schedule, eta: float) -> None:
+    """To the time (1 - eta) s, and the student is told so."""
+    student, t, s = Still(schedule), 0.8, 0.5
+    z = tcd(student, states(), t, s, memory=Memory(noise, 2), eta=eta, knots=None)
+    torch.testing.assert_close(z, jumped_and_noised(schedule, t, ratio(schedule, (1 - eta) * s), s))
+    assert student.ends == [pytest.approx((1 - eta) * s)]
+
+
+@EVERY_SCHEDULE
+def test_consistency_noises_from_its_least_time(schedule: Schedule) -> None:
+    """The estimate is a state at t_min, of which the student is told, and has that much noise already."""
+    student, t, s, t_min = Still(schedule), 0.8, 0.5, 0.1
+    z = consistency(student, states(), t, s, memory=Memory(noise, 2), t_min=t_min)
+    scaled = 0.7 / schedule.alpha_sigma(t_min)[0]
+    level = (ratio(schedule, s) ** 2 - ratio(schedule, t_min) ** 2) ** 0.5
+    torch.testing.assert_close(z, (scaled + level * noise(z)) * schedule.alpha_sigma(s)[0])
+    assert student.ends == [t_min]
+    last = consistency(student, states(), t, s, memory=Memory(no_noise, 1), t_min=t_min)
+    torch.testing.assert_close(last, torch.full_like(last, scaled * schedule.alpha_sigma(s)[0]))
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("solver", [ctm, tcd])
+def test_the_last_step_draws_no_noise(schedule: Schedule, solver: Solver) -> None:
+    """Also where the walk ends above 0: it is a jump to the end."""
+    student = Still(schedule)
+    last = solver(student, states(), 0.8, 0.5, memory=Memory(no_noise, 1))
+    torch.testing.assert_close(last, ddim(student, states(), 0.8, 0.5))
+    assert student.ends == [0.5, 0.5]
+    with pytest.raises(AssertionError, match="noise was drawn"):
+        solver(student, states(), 0.8, 0.5, memory=Memory(no_noise, 2))
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_ancestral_rows_that_end_at_0_get_no_noise(schedule: Schedule, gamma: float) -> None:
+    """A batch of several end times gives each row what it gets alone."""
+    ends = torch.tensor([0.0, 0.5, 0.0], dtype=torch.float64)
+    start = torch.full_like(ends, 0.8)
+    step = partial(ancestral, Still(schedule), states(), memory=Memory(noise, 2), gamma=gamma)
+    together = step(start, ends)
+    torch.testing.assert_close(together[::2], step(0.8, 0.0)[::2])
+    torch.testing.assert_close(together[1], step(0.8, 0.5)[1])
+
+
+# Walks
+
+
+def drawn(solver: Solver, ids: list[int], steps: int = 3, **options: object) -> Tensor:
+    """Samples of a denoiser that estimates 0 everywhere, so that all that is left is noise."""
+    grid = torch.linspace(1, 0.25, steps + 1, dtype=torch.float64)
+    return sample(Still(VarianceExploding(), 0.0), ids, (4000,), grid, solver=solver, **options)
+
+
+def test_samples_begin_with_the_schedule_s_noise() -> None:
+    """Where the estimate is 0 one DDIM step multiplies the noise, which begins at sigma(1), by sigma(s) / sigma(1)."""
+    schedule = VarianceExploding()
+    expected = sample_noise([5], (4000,), 0) * schedule.sigma(torch.tensor(0.25, dtype=torch.float64))
+    torch.testing.assert_close(drawn(ddim, [5], 1), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_of_every_step_is_fresh() -> None:
+    """A walk of the consistency solver leaves the noise of its last transition alone: it is neither that of the start
+    nor that of the step before."""
+    grid = torch.tensor([1.0, 0.8, 0.6, 0.4], dtype=torch.float64)
+    path = sample(Still(Cosine(), 0.0), [2], (4000,), grid, solver=consistency, trajectory=True)[:, 0]
+    correlation = torch.corrcoef(path[:3].double())
+    assert correlation.fill_diagonal_(0).abs().max() < 0.08  # 5 / sqrt(4000)
+    assert torch.count_nonzero(path[3]) == 0
+
+
+def test_each_batch_has_its_own_conditions() -> None:
+    """A denoiser that answers with its condition gives every sample its own, whatever the batch."""
+    labels = torch.arange(7.0)[:, None]
+    grid = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for batch_size in (2, 3, 7):
+        x = sample(Echo(Cosine()), range(10, 17), (2,), grid, labels, batch_size=batch_size)
+        torch.testing.assert_close(x, labels.expand(7, 2))
+
+
+def test_the_analytic_step_is_at_its_time_alone() -> None:
+    """Rows at other times, the largest of a batch among them, are asked of the network."""
+    denoiser = GaussianMixture(torch.tensor([[1.0], [-2.0]]), 0.3)
+    analytic, z = AnalyticFirstStep(denoiser, 1.0), states().float()
+    t = torch.tensor([0.7, 0.4, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(analytic(z, t), denoiser(z, t))
+    mixed = torch.tensor([1.0, 0.4, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(analytic(z, mixed)[1:], denoiser(z, mixed)[1:])
+    assert not torch.allclose(analytic(z, mixed)[:1], denoiser(z, mixed)[:1])
+
+
+# Learned steps
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("c", [0.9, 1.1])
+def test_an_amed_plugin_scales_the_second_half_of_a_step(schedule: Schedule, c: float) -> None:
+    """In the variance-exploding form the way from the point inside to the end is taken c times."""
+    amed, denoiser = AMED(base="ddim", scale_direction=0.5), GaussianMixture(torch.tensor([[1.0], [-2.0]]), 0.3)
+    denoiser.schedule = schedule
+    with torch.no_grad():
+        half = (c - 1) / 0.5 / 2 + 0.5  # c = 1 + scale (2 sigmoid - 1)
+        amed.heads["direction"].bias.fill_(math.log(half / (1 - half)))
+    t, s, z = 0.8, 0.5, states()
+    level = math.sqrt(ratio(schedule, t) * ratio(schedule, s))  # r = 1/2
+    u = schedule.time(torch.tensor(-2 * math.log(level), dtype=torch.float64)).item()
+    inside = ddim(denoiser, z, t, u)
+    end = ddim(denoiser, inside, u, s)
+    alpha_u, alpha_s = schedule.alpha_sigma(u)[0], schedule.alpha_sigma(s)[0]
+    expected = (inside / alpha_u + c * (end / alpha_s - inside / alpha_u)) * alpha_s
+    torch.testing.assert_close(amed(denoiser, z, t, s), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_order_step_by_hand() -> None:
+    """x = x0 + (sigma_s - sigma_t) ((1 - 1 / 2r) d + d' / 2r), where d' is the slope at the point inside."""
+    denoiser = GaussianMixture(torch.tensor([[1.0], [-2.0]], dtype=torch.float64), 0.3, schedule=VarianceExploding())
+    schedule, t, s, r = denoiser.schedule, 0.7, 0.5, 0.3
+    begin, end = ratio(schedule, t), ratio(schedule, s)
+    middle = begin ** (1 - r) * end**r
+    u = schedule.time(torch.tensor(-2 * math.log(middle), dtype=torch.float64)).item()
+    z = states()
+    slope = (z - denoiser(z, t)) / begin
+    inside = z + (middle - begin) * slope
+    there = (inside - denoiser(inside, u)) / middle
+    expected = z + (end - begin) * ((1 - 1 / (2 * r)) * slope + there / (2 * r))
+    torch.testing.assert_close(dpm_solver_2(denoiser, z, t, s, r=r), expected)
