@@ -9,14 +9,39 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ddil.diffusion.denoiser import Cond, Denoiser, split_inputs
 from ddil.diffusion.exact import GaussianMixture
 from ddil.diffusion.noise import sample_noise
 from ddil.diffusion.schedule import Cosine, Schedule, Time, VarianceExploding
-from ddil.solvers import AnalyticFirstStep, Memory, Solver, ancestral, consistency, ctm, ddim, dpm_solver_2, sample, tcd
-from ddil.solvers.amed import AMED
+from ddil.diffusion.wrappers import Guided
+from ddil.datasets.digits import digits
+from ddil.measure.distances import density_coverage
+from ddil.measure.images import NetworkFeatures
+from ddil.measure.imitation import error_in_batches
+from ddil.measure.protocols import Reference, judge
+from ddil.models.unet import ClassDenoiser
+from ddil.rollins.teacher import Teacher
+from ddil.solvers import (
+    AnalyticFirstStep,
+    Memory,
+    Solver,
+    ancestral,
+    consistency,
+    ctm,
+    ddim,
+    dpm_solver_2,
+    dpm_solver_pp_2m,
+    heun,
+    sample,
+    tcd,
+    walk,
+)
+from ddil.solvers.amed import AMED, insert_nodes, listening, train_amed
+from ddil.solvers.gits import trajectory_costs
+from ddil.solvers.sampler import Sampler
 
 SCHEDULES = {"variance preserving": Cosine(), "variance exploding": VarianceExploding()}
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -186,6 +211,14 @@ def test_the_analytic_step_is_at_its_time_alone() -> None:
 # Learned steps
 
 
+def unet() -> ClassDenoiser:
+    """A small U-Net of ten classes, with random weights."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4, "num_class_embeds": 11}
+    return ClassDenoiser(UNet2DModel(**options, **blocks, layers_per_block=1), Cosine()).eval()
+
+
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("c", [0.9, 1.1])
 def test_an_amed_plugin_scales_the_second_half_of_a_step(schedule: Schedule, c: float) -> None:
@@ -205,6 +238,58 @@ def test_an_amed_plugin_scales_the_second_half_of_a_step(schedule: Schedule, c: 
     torch.testing.assert_close(amed(denoiser, z, t, s), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("base", [None, "dpm_solver_pp_2m"])
+def test_amed_learns_where_it_will_be_sampled(base: str | None) -> None:
+    """Its losses are the distances to the teacher of its own walk, history and all, on a multistep base; elsewhere
+    those of steps from the teacher's states."""
+    denoiser = GaussianMixture(torch.tensor([[1.0], [-2.0]], dtype=torch.float64), 0.3)
+    grid = torch.tensor([0.9, 0.6, 0.4, 0.2], dtype=torch.float64)
+    learned = train_amed(denoiser, grid, (1,), base=base, samples=32, batch=32, learning_rate=0.0)
+    z = sample_noise(range(32), (1,), 0, 1 << 40) * denoiser.schedule.prior_scale(0.9)
+    inserted, solver = (1, heun) if base is None else (2, dpm_solver_pp_2m)
+    teacher = list(walk(denoiser, z, insert_nodes(grid, inserted), solver=solver))[inserted :: inserted + 1]
+    if base is None:
+        starts = [z, *teacher[:-1]]
+        ends = [learned(denoiser, *step) for step in zip(starts, grid.tolist(), grid.tolist()[1:])]
+    else:
+        ends = list(walk(denoiser, z, grid, solver=learned))
+    alphas = [denoiser.schedule.alpha_sigma(s)[0] for s in grid.tolist()[1:]]
+    losses = [((end - there) / a).square().sum().item() / 32 for end, there, a in zip(ends, teacher, alphas)]
+    assert learned.provenance["loss at first"] == pytest.approx(losses, rel=1e-4)
+
+
+def test_amed_listens_to_the_conditional_half() -> None:
+    """Of a guided network's features, n of the condition and n of none, it takes the former."""
+    teacher, labels = unet(), torch.tensor([3, 8])
+    z = sample_noise([0, 1], (1, 8, 8), 0)
+    with listening(teacher) as features, torch.no_grad():
+        teacher(z, 0.5, labels)
+        Guided(teacher, 2.0)(z, 0.5, labels)
+    torch.testing.assert_close(features[1][:2], features[0], rtol=1e-4, atol=1e-5)
+    amed = AMED(features[0].shape[1], scale_direction=0.5)
+    torch.manual_seed(0)
+    for head in amed.heads.values():
+        torch.nn.init.normal_(head.weight)
+    heard = [amed.predict(part, 2.0, 1.0, z) for part in features]
+    torch.testing.assert_close(heard[1], heard[0], rtol=1e-4, atol=1e-5)
+    assert (heard[0][0][0] - heard[0][0][1]).abs().item() > 1e-4
+
+
+def test_the_cost_of_jumps_is_a_mean_over_trajectories() -> None:
+    """A last batch that is not full counts for what it holds."""
+    denoiser = GaussianMixture(torch.tensor([[1.0], [-2.0]], dtype=torch.float64), 0.3)
+    costs = partial(trajectory_costs, denoiser, (1,), torch.linspace(0.9, 0.1, 6, dtype=torch.float64), trajectories=10)
+    torch.testing.assert_close(costs(batch_size=4), costs(batch_size=10))
+
+
+def test_a_forced_walk_keeps_the_ends_of_the_grid() -> None:
+    """A student of other steps than it was made for begins and ends where it did."""
+    student = Sampler(Still(VarianceExploding(), 0.0), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64), (3,))
+    path = student.sample([0], steps=3, force=True, trajectory=True)[:, 0]
+    levels = [ratio(VarianceExploding(), t) for t in (0.9, 0.9 - 0.7 / 3, 0.9 - 1.4 / 3, 0.2)]
+    torch.testing.assert_close(path / path[:1], torch.tensor(levels)[:, None].expand(4, 3) / levels[0])
+
+
 def test_a_second_order_step_by_hand() -> None:
     """x = x0 + (sigma_s - sigma_t) ((1 - 1 / 2r) d + d' / 2r), where d' is the slope at the point inside."""
     denoiser = GaussianMixture(torch.tensor([[1.0], [-2.0]], dtype=torch.float64), 0.3, schedule=VarianceExploding())
@@ -218,3 +303,37 @@ def test_a_second_order_step_by_hand() -> None:
     there = (inside - denoiser(inside, u)) / middle
     expected = z + (end - begin) * ((1 - 1 / (2 * r)) * slope + there / (2 * r))
     torch.testing.assert_close(dpm_solver_2(denoiser, z, t, s, r=r), expected)
+
+
+# Measures
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """Digits as points of 64 numbers."""
+    extractor = NetworkFeatures(torch.nn.Identity().eval(), lambda x: x, "pixels")
+    return Reference("digits", lambda ids: digits().x[list(ids)], 60, extractor)
+
+
+def test_a_figure_says_how_it_was_made(reference: Reference) -> None:
+    """Neighbours and seed that are asked for decide the figures, and stand in their protocols."""
+    made = lambda ids: digits().x[[100 + i for i in ids]] + 0.1
+    figures = judge(made, 50, reference, k=3, seed=7)
+    features = made(range(50)).flatten(1)
+    for name, value in density_coverage(reference.features, features, 3).items():
+        assert figures[name].value == pytest.approx(value)
+        assert figures[name].protocol.further == {"k": 3}
+    assert density_coverage(reference.features, features, 5)["density"] != figures["density"].value
+    assert {figure.protocol.seed for figure in figures.values()} == {7}
+
+
+def test_one_step_errors_in_batches_keep_their_conditions() -> None:
+    """Each state is asked under its own condition, whatever the batch."""
+    grid = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    student, labels = Sampler(Echo(Cosine()), grid, (2,)), torch.arange(6.0)[:, None]
+    teacher = Teacher(Still(Cosine()), grid, 1)
+    some = [torch.randn(6, 2, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    expected = (labels - 0.7).square().mean().expand(2)
+    for batch_size in (2, 4, 6):
+        error = error_in_batches(student, teacher, some, labels, None, batch_size)
+        torch.testing.assert_close(error, expected, rtol=1e-4, atol=0)
