@@ -93,7 +93,8 @@ def understand(value: Any, kind: Any) -> Any:
         return _one_of_kinds(value, inner)
     if origin is Literal:
         word = str(value).lower() if isinstance(value, (str, bool)) else value
-        same = [choice for choice in inner if str(choice).lower() == word]
+        words = ("false", "off", "no") if value is False else (word,)  # YAML reads a bare off or no as False
+        same = [choice for other in words for choice in inner if str(choice).lower() == other]
         return same[0] if same else word if isinstance(value, bool) else value  # pydantic would take True for 1
     if (origin or kind) in (tuple, list):
         return _several(value, origin or kind, inner or (Any, ...))

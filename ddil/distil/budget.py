@@ -19,7 +19,7 @@ from ..diffusion.schedule import Schedule, Time
 from ..diffusion.wrappers import Guided
 from .plan import Plan
 from .problem import Problem
-from .stages import Ready, check, stage_of
+from .stages import Ready, check, settled, stage_of
 from ..solvers import sample
 from ..solvers.sampler import Sampler
 from ..training.settings import Settings
@@ -155,7 +155,8 @@ class Bought:
 # %% ../../nbs/09_distil/05_budget.ipynb #cf4da106
 def cost_of_pair(problem: Problem, plan: Plan, index: int = 0) -> int:
     """Evaluations of the teacher for one pair of noise and sample."""
-    stage = stage_of(idle(problem), plan, index, None if index == 0 else Idle(problem.student.schedule)).stage
+    plain, before = plan.but(reflection="off"), None if index == 0 else Idle(problem.student.schedule)
+    stage = stage_of(idle(problem), plain, index, before).stage
     teacher = stage.teacher
     sample(
         teacher.denoiser, [0], stage.shape, teacher.grid.cpu(), stage.data.conditions(np.zeros(1, int)), teacher.solver
@@ -168,6 +169,7 @@ def spend(budget: float, problem: Problem, plan: Plan, pairs: float = 1 / 3) -> 
     part
     that pays for pairs, where the method learns from them. Raises ValueError for what cannot be done."""
     check(problem, plan)
+    plan = settled(problem, plan)
     bought: list[Bought] = []
     for index in range(len(plan.pairs)):
         before = bought[-1].student if bought else None

@@ -476,6 +476,7 @@ def _examine_model(plan: Plan, report: Report, flops: float | None) -> None:
     problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode)
     items = seen["data"][1] if "data" in seen else None
     problem.data.pictures = items is None or _first(items).image is not None
+    problem.bound = 1.0  # the job measures it; a rehearsal's size and time do not depend on it
     rehearsal = _rehearsed(plan, report, problem, mode)
     if rehearsal is not None:
         _estimate(plan, report, problem, rehearsal, items, flops)

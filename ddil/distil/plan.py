@@ -74,9 +74,11 @@ class What(Form):
     rank: Count = Field(64, description="of adapters")
     alpha: float | None = Field(None, gt=0, description="adapters are scaled by alpha / rank; none: by 1")
     reflection: Literal["off", "static", "dynamic"] = Field(
-        "off", description="how clean estimates are kept within the bound"
+        "static", description="how clean estimates of teacher and student are kept within the bound"
     )
-    bound: Positive = Field(1.0, description="of reflection")
+    bound: Positive | Literal["measured"] = Field(
+        "measured", description="of reflection: a number, or measured on the problem's data"
+    )
     teacher_solver: SolverName = Field("ddim", description="that the first teacher walks with")
     sampler: SolverName | None = Field(
         None, description="that students are sampled with, however they are trained; none: the method's own"
@@ -99,7 +101,6 @@ SMALL = {
     "stages": (16, 8, 4, 2, 1),
     "output": "runs/distil",
     "ema": 0.99,
-    "reflection": "static",
 }  # where no problem says better
 
 
@@ -295,8 +296,15 @@ class Plan(Checked):
         return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, **own})
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with its clean estimates kept as the plan says."""
-        return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
+        """The denoiser with its clean estimates kept as the plan says.
+
+        Raises ValueError while the bound is still to be measured.
+        """
+        if self.reflection == "off":
+            return denoiser
+        if self.bound == "measured":
+            raise ValueError("bound = 'measured': of which problem? settled(problem, plan) is the plan with a number")
+        return Reflected(denoiser, Threshold(self.reflection, self.bound))
 
     def but(self, **changes: Any) -> Plan:
         """The same plan with some values changed; values that only made sense with a removed one are removed, too."""
@@ -349,6 +357,7 @@ def decisive(plan: Plan) -> dict[str, Any]:
         "method_options",
     } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
+    free |= {"bound"} if plan.reflection == "off" else set()
     free |= set() if any(plan.collected) else {"beta", "mixing", "capacity", "reuse"}
     free |= {"sampler"} if plan.sampler in (None, plan.entry.solver) else set()
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
@@ -388,7 +397,7 @@ def _ignored(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
             for name in ("alpha",)
             if values.get(name) is not None
         )
-    if values.get("reflection", _defaults(entry, kind).get("reflection", "off")) == "off" and "bound" in values:
+    if understand(values.get("reflection"), What.model_fields["reflection"].annotation) == "off" and "bound" in values:
         yield f"bound = {values['bound']!r}: only reflection has one: add reflection = 'static', or leave it out"
 
 # %% ../../nbs/09_distil/03_plan.ipynb #96d218e6

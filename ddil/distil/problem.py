@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from ..datasets.building import build_cache
 from ..datasets.captions import CaptionedImages, Entry, open_captions
 from ..datasets.digits import asset, digit_atoms, digits, digits_classifier
 from ..datasets.scenes import Scenes
-from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser import Denoiser, map_cond
 from ..diffusion.grids import trailing_grid, uniform_grid
+from ..diffusion.noise import generator
 from ..diffusion.schedule import Cosine
 from ..diffusion.small_networks import MLP
 from ..diffusion.wrappers import Guided, innermost
@@ -35,14 +38,15 @@ from ..models.pipeline import TextToImage
 from ..models.schedulers import check_prediction
 from ..models.unet import ClassDenoiser
 from ..rollins.states import Data
+from ..solvers import sample
 from ..solvers.sampler import Sampler
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Bar', 'KINDS_OF_PROBLEM', 'EXPORTABLE', 'Problem', 'first_sample', 'check_problem', 'has_pictures', 'no_bar', 'Kind',
-           'problem_kind', 'kind_by_name', 'DigitsOptions', 'digits_problem', 'AtomsOptions', 'atoms_problem',
-           'random_features', 'ModelOptions', 'ScenesOptions', 'scene_items', 'items_of', 'problem_of_model',
-           'model_problem']
+__all__ = ['QUANTILE', 'Bar', 'KINDS_OF_PROBLEM', 'EXPORTABLE', 'Problem', 'first_sample', 'check_problem', 'has_pictures',
+           'Reach', 'reach_of', 'drawn_from', 'drawn_by_teacher', 'no_bar', 'Kind', 'problem_kind', 'kind_by_name',
+           'DigitsOptions', 'digits_problem', 'AtomsOptions', 'atoms_problem', 'random_features', 'ModelOptions',
+           'ScenesOptions', 'scene_items', 'items_of', 'problem_of_model', 'model_problem']
 
 # %% ../../nbs/09_distil/02_problem.ipynb #f773b056
 @dataclass
@@ -52,7 +56,8 @@ class Problem:
     teacher: the denoiser that is asked, guided but not reflected; student: the denoiser that the student begins as,
     on the network that teacher and student may share (adapters); data: conditions, and clean samples; shape: of one
     sample; guidance_scale: that the teacher is guided at; grid: the times of a walk of so many steps; model: the
-    pipeline that it came from, if it did; features: what a judge may look through; description: what decides all this.
+    pipeline that it came from, if it did; features: what a judge may look through; description: what decides all this;
+    bound: within which clean samples lie (None: measured, where a plan asks for it).
     """
 
     teacher: Denoiser
@@ -64,11 +69,17 @@ class Problem:
     grid: Callable[[int], Tensor] = uniform_grid
     model: TextToImage | None = None
     features: Features | None = None
+    bound: float | None = None
 
     @property
     def unguided(self) -> Denoiser:
         """The teacher without its guidance."""
         return self.teacher.denoiser if isinstance(self.teacher, Guided) else self.teacher
+
+    @cached_property
+    def reach(self) -> Reach:
+        """How far the data reach, or what the teacher draws where the data know conditions alone."""
+        return reach_of(drawn_by_teacher(self) if first_sample(self.data) is None else drawn_from(self.data))
 
 # %% ../../nbs/09_distil/02_problem.ipynb #2878fe1e
 def first_sample(data: Data) -> Tensor | None:
@@ -105,6 +116,50 @@ def check_problem(problem: Problem) -> None:
 def has_pictures(problem: Problem) -> bool:
     """Whether the data know clean samples, not conditions alone."""
     return first_sample(problem.data) is not None
+
+# %% ../../nbs/09_distil/02_problem.ipynb #df3ae485
+QUANTILE = 0.999  # of the sizes of the data's numbers: what lies beyond is clipped
+
+
+class Reach(NamedTuple):
+    """How far numbers reach: the size that one in a thousand exceeds, and the largest."""
+
+    usual: float
+    largest: float
+
+    @property
+    def bound(self) -> float:
+        """The bound that fits: 1 for numbers within [-1, 1], as pictures are, else the usual size, rounded up."""
+        if self.largest <= 1:
+            return 1.0
+        digits = 1 - math.floor(math.log10(self.usual))
+        return round(math.ceil(self.usual * 10**digits - 1e-6) / 10**digits, digits)
+
+
+def reach_of(samples: Tensor) -> Reach:
+    """How far the numbers in some samples reach. Raises ValueError if no bound can be made of that."""
+    sizes = samples.detach().abs().double().cpu().numpy()
+    reach = Reach(float(np.quantile(sizes, QUANTILE)), float(sizes.max()))
+    if not math.isfinite(reach.largest) or reach.usual == 0 and reach.largest > 1:
+        raise ValueError(
+            f"no bound can be measured on clean samples whose largest number is {reach.largest} and of which "
+            f"{QUANTILE:.1%} lie within {reach.usual}: name the bound, or set reflection = 'off'"
+        )
+    return reach
+
+# %% ../../nbs/09_distil/02_problem.ipynb #03644ef9
+def drawn_from(data: Data, count: int = 1024) -> Tensor:
+    """Clean samples of at most `count` items, drawn by a key, in the data's order."""
+    rows = np.sort(generator(0, "bound").permutation(len(data))[:count])
+    return torch.cat([data[part][0] for part in np.array_split(rows, math.ceil(len(rows) / 64))])
+
+
+def drawn_by_teacher(problem: Problem, count: int = 32, steps: int = 32) -> Tensor:
+    """Samples that the teacher of a problem draws, for conditions of the data."""
+    rows = np.sort(generator(0, "bound").permutation(len(problem.data))[:count])
+    put = lambda c: c.to(problem.teacher.device)
+    cond = map_cond(put, problem.data.conditions(rows))
+    return sample(problem.teacher, rows.tolist(), problem.shape, problem.grid(steps), cond, batch_size=16)
 
 # %% ../../nbs/09_distil/02_problem.ipynb #88832c4d
 Bar = Callable[[Iterable, str], Iterable]
@@ -192,7 +247,6 @@ def digits_problem(
     batch=64,
     learning_rate=1e-3,
     ema=0.99,
-    reflection="static",
     output="runs/digits",
 )
 def _digits(options: DigitsOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:
@@ -248,7 +302,6 @@ def atoms_problem(
     batch=64,
     learning_rate=1e-3,
     ema=0.99,
-    reflection="static",
     output="runs/atoms",
 )
 def _atoms(options: AtomsOptions, accelerator: Accelerator, bar: Bar, pictures: bool, output: str) -> Problem:

@@ -24,7 +24,7 @@ from ..diffusion.noise import Shard, Source
 from ..diffusion.wrappers import Guided, Told, innermost
 from .menu import MENU, Entry, NEEDS, Stage
 from .plan import Plan, decisive, read_plan, write_plan
-from .problem import Bar, Problem, check_problem, first_sample, has_pictures, kind_by_name, no_bar
+from .problem import Bar, Problem, check_problem, has_pictures, kind_by_name, no_bar
 from ..files import write_text
 from ..measure.distances import density_coverage
 from ..methods.base import Method, check_guidance
@@ -43,9 +43,9 @@ from ..training.trainer import Trainer
 from ..words import progress
 
 # %% auto #0
-__all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'at_any_scale', 'taught_scale', 'Ready', 'begin_as', 'stage_of',
-           'identity_of', 'watch_of', 'distil', 'handed_on', 'train_stage', 'make_ready', 'sampler_of', 'load_stage',
-           'make_problem', 'needs_pictures', 'carry_out']
+__all__ = ['entry_of', 'lacking', 'states_of_data', 'check', 'at_any_scale', 'taught_scale', 'settled', 'Ready', 'begin_as',
+           'stage_of', 'identity_of', 'watch_of', 'distil', 'handed_on', 'train_stage', 'make_ready', 'sampler_of',
+           'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
 
 # %% ../../nbs/09_distil/04_stages.ipynb #23c3409a
 def entry_of(plan: Plan, index: int) -> Entry:
@@ -102,11 +102,12 @@ def _unsuited(entry: Entry, problem: Problem, plan: Plan) -> Iterator[str]:
         yield "any_scale: the teacher is not guided, so there are no guidance scales to choose among"
     elif at_any_scale(plan) and not problem.unguided.knows_null:
         yield f"any_scale: needs {NEEDS['null condition']}"
-    first = first_sample(problem.data)
-    if plan.reflection == "static" and first is not None and float(first.abs().max()) > plan.bound:
+    named = plan.reflection != "off" and plan.bound != "measured" and has_pictures(problem)
+    if named and problem.reach.usual > plan.bound:
         yield (
-            f"bound = {plan.bound:g}: the data's first sample reaches {float(first.abs().max()):.3g}, and reflection "
-            "would clip it: set the bound above, or reflection = 'off'"
+            f"bound = {plan.bound:g}: one in a thousand of the data's numbers lies beyond {problem.reach.usual:.3g}, "
+            f"and reflection would clip them: leave the bound out, which measures {problem.reach.bound:g}, or set "
+            "reflection = 'off'"
         )
 
 # %% ../../nbs/09_distil/04_stages.ipynb #185f047a
@@ -147,6 +148,13 @@ def at_any_scale(plan: Plan) -> bool:
 def taught_scale(problem: Problem, plan: Plan) -> float | None:
     """The guidance scale of the teacher that the student imitates."""
     return 1.0 if at_any_scale(plan) else problem.guidance_scale
+
+
+def settled(problem: Problem, plan: Plan) -> Plan:
+    """The plan with numbers for what is measured on the problem: the bound of reflection."""
+    if plan.reflection == "off" or plan.bound != "measured":
+        return plan
+    return plan.but(bound=problem.bound or problem.reach.bound)
 
 
 @dataclass
@@ -230,6 +238,7 @@ def stage_of(
     """The plan's stage of that index. before: the student of the stage before; place: where a method may store
     pairs.
     """
+    plan = settled(problem, plan)
     entry, settings = entry_of(plan, index), plan.settings(plan.pairs[index][1])
     student, denoiser, unguided = (plan.reflect(one) for one in _denoisers(problem, plan, index, before))
     teacher = _on_grid(problem, plan, index, denoiser)
@@ -276,7 +285,7 @@ def _beginner(base: Denoiser, plan: Plan) -> Callable[[str], Denoiser]:
 
 def identity_of(problem: Problem, plan: Plan) -> dict[str, Any]:
     """What decides the students, in plain values."""
-    return json.loads(json.dumps({**problem.description, **decisive(plan)}))
+    return json.loads(json.dumps({**problem.description, **decisive(settled(problem, plan))}))
 
 # %% ../../nbs/09_distil/04_stages.ipynb #455a3bba
 def _coarse(x: Tensor) -> Tensor:
@@ -328,7 +337,7 @@ def distil(
     folder = Path(folder or plan.output)
     on_cpu = plan.device == "cpu" or problem.student.device.type == "cpu"
     accelerator = accelerator or make_accelerator("cpu" if on_cpu else "auto", plan.precision)
-    plan = _as_launched(plan, accelerator.num_processes)
+    plan = settled(problem, _as_launched(plan, accelerator.num_processes))
     students: dict[int, Sampler] = {}
     before: Denoiser | None = None
     for index, steps in enumerate(plan.pairs):
@@ -388,9 +397,7 @@ def train_stage(
     trainer.fit()
     sampler = sampler_of(problem, plan, ready, trainer, text)
     if accelerator.is_main_process:
-        if (
-            plan.adapters == "lora" and index == 0 and (plan.reflection == "off" or plan.bound == 1)
-        ):  # diffusers knows no other bound
+        if plan.adapters == "lora" and index == 0:
             _leave_adapters(sampler, problem, place / "lora")
         sampler.save(place / "student")
         if trainer.watch is not None:

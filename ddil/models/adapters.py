@@ -23,7 +23,7 @@ from ..diffusion.denoiser import Cond
 from ..diffusion.schedule import Time
 from ..diffusion.wrappers import innermost
 from ..files import seal
-from .export import sampling_code, unfinished, write_card
+from .export import unfinished, write_card
 from .family import UNET_LORA_TARGETS
 from .pipeline import TextToImage
 from .unet import NetworkDenoiser, TextDenoiser
@@ -244,18 +244,18 @@ def export_adapters(sampler: Sampler, base: TextToImage, folder: str | Path) -> 
     layers = {f"{family.network[0]}_lora_layers": lora_of(student)}
     getattr(diffusers, family.pipeline).save_lora_weights(aside, **layers, safe_serialization=True)
     scheduler.save_pretrained(aside / "scheduler")
-    write_card(aside, sampler, scheduler, base, _lora_code(sampler, scheduler, base))
+    write_card(aside, sampler, scheduler, base, _lora_code(scheduler, base))
     seal(aside, folder, {"ddil": ddil.__version__, "provenance": sampler.provenance})
     return folder
 
 
-def _lora_code(sampler: Sampler, scheduler: SchedulerMixin, base: TextToImage) -> str:
-    """The lines that sample a student from its LoRA file."""
+def _lora_code(scheduler: SchedulerMixin, base: TextToImage) -> str:
+    """The lines that load a student from its LoRA file."""
+    kind = f"diffusers.{type(scheduler).__name__}"
     return "\n".join(
         [
-            f'pipeline = DiffusionPipeline.from_pretrained("{base.name}", use_safetensors=True)',
+            f'pipeline = diffusers.DiffusionPipeline.from_pretrained("{base.name}", use_safetensors=True)',
             'pipeline.load_lora_weights("this folder")',
-            f'pipeline.scheduler = {type(scheduler).__name__}.from_pretrained("this folder", subfolder="scheduler")',
-            sampling_code(sampler, base),
+            f'pipeline.scheduler = {kind}.from_pretrained("this folder", subfolder="scheduler")',
         ]
     )

@@ -14,9 +14,10 @@ import diffusers
 from diffusers import SchedulerMixin
 
 import ddil
-from ..diffusion.wrappers import innermost
+from ..diffusion.wrappers import Reflected, innermost
 from ..files import seal
 from .pipeline import TextToImage
+from .schedulers import step_line
 from ..solvers.sampler import Sampler
 
 # %% auto #0
@@ -38,7 +39,7 @@ Sample it in **{steps} steps** with **guidance_scale={guidance}**: {why}
 ```
 
 - steps at the timesteps {timesteps}; other numbers of steps are not what it was trained for
-- scheduler: `{scheduler}`, configured in this folder; another one, or other spacing, gives other pictures
+- scheduler: `{scheduler}`, configured in this folder; another one, or other spacing, gives other pictures{clipped}
 - the teacher was guided at a scale of {teacher_guidance}
 
 Trained with ddil {version}:
@@ -51,15 +52,16 @@ GUIDED = "the student has learnt the guided teacher, and guiding it again would 
 UNGUIDED = "the student imitates an unguided teacher; guide it as you would guide that one."
 
 # %% ../../nbs/07_models/05_export.ipynb #2510acc1
-def write_card(folder: Path, sampler: Sampler, scheduler: SchedulerMixin, base: TextToImage, code: str) -> None:
-    """Write README.md, the card, into `folder`. `code`: the lines that sample the student."""
+def write_card(folder: Path, sampler: Sampler, scheduler: SchedulerMixin, base: TextToImage, load: str) -> None:
+    """Write README.md, the card, into `folder`. `load`: the lines that load the student as `pipeline`."""
     distilled = innermost(sampler.denoiser).guidance_distilled
     facts = {
         "base": base.name,
         "steps": sampler.steps,
         "guidance": base.family.unguided if distilled else "…",
         "why": GUIDED if distilled else UNGUIDED,
-        "code": code,
+        "code": sampling_code(sampler, scheduler, base, load),
+        "clipped": _about_clipping(sampler, scheduler),
         "timesteps": [int(i) for i in scheduler.timesteps],
         "scheduler": type(scheduler).__name__,
         "teacher_guidance": sampler.guidance_scale or 1.0,
@@ -69,12 +71,21 @@ def write_card(folder: Path, sampler: Sampler, scheduler: SchedulerMixin, base: 
     (folder / "README.md").write_text(CARD.format(**facts))
 
 
-def sampling_code(sampler: Sampler, base: TextToImage) -> str:
-    """The line that asks a loaded pipeline for a picture."""
-    return (
-        f'image = pipeline("a prompt", num_inference_steps={sampler.steps},'
-        f" guidance_scale={base.family.unguided}).images[0]"
-    )
+def _about_clipping(sampler: Sampler, scheduler: SchedulerMixin) -> str:
+    """What the card says of a bound, if estimates are kept within one."""
+    if not isinstance(sampler.denoiser, Reflected):
+        return ""
+    also = ", and so is the noise that a step goes on with: **the line with `use_clipped_model_output` is needed**"
+    line = also if step_line(scheduler, sampler.steps) else ""
+    return f"\n- clean estimates are kept within {sampler.denoiser.threshold.bound:g} in size{line}"
+
+
+def sampling_code(sampler: Sampler, scheduler: SchedulerMixin, base: TextToImage, load: str) -> str:
+    """The lines that load the student with diffusers and ask it for a picture."""
+    line = step_line(scheduler, sampler.steps)
+    ask = f'image = pipeline("a prompt", num_inference_steps={sampler.steps}, guidance_scale={base.family.unguided})'
+    before, after = (["import functools"], [line]) if line else ([], [])
+    return "\n".join([*before, "import diffusers", load, *after, f"{ask}.images[0]"])
 
 
 def unfinished(folder: Path) -> Path:
@@ -100,7 +111,7 @@ def export_pipeline(sampler: Sampler, base: TextToImage, folder: str | Path) -> 
     aside = unfinished(folder)
     pipeline = getattr(diffusers, family.pipeline)(**parts, **base.index, **dict(family.left_out))
     pipeline.save_pretrained(aside, safe_serialization=True)
-    load = 'pipeline = DiffusionPipeline.from_pretrained("this folder", use_safetensors=True)'
-    write_card(aside, sampler, scheduler, base, f"{load}\n{sampling_code(sampler, base)}")
+    load = 'pipeline = diffusers.DiffusionPipeline.from_pretrained("this folder", use_safetensors=True)'
+    write_card(aside, sampler, scheduler, base, load)
     seal(aside, folder, {"ddil": ddil.__version__, "provenance": sampler.provenance})
     return folder

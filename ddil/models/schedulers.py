@@ -20,7 +20,7 @@ from ..solvers.sampler import Sampler
 
 # %% auto #0
 __all__ = ['PREDICTION_NAMES', 'SCHEDULE_KEYS', 'WALK_KEYS', 'EXPORTED', 'check_keys', 'schedule_of', 'prediction_of',
-           'noise_correlation', 'check_prediction', 'scheduler_for']
+           'noise_correlation', 'check_prediction', 'step_line', 'scheduler_for']
 
 # %% ../../nbs/07_models/02_schedulers.ipynb #8a851b1b
 PREDICTION_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}  # what diffusers calls them, and this library
@@ -134,10 +134,12 @@ def _thresholding(sampler: Sampler) -> dict:
             )
         return {"clip_sample": False}
     threshold = sampler.denoiser.threshold
-    if threshold.bound != 1.0:
+    if threshold.kind == "static" and (threshold.bound != 1 or sampler.solver == "consistency"):
+        return {"clip_sample": 1, "clip_sample_range": threshold.bound}  # not True, which a pipeline switches off
+    if threshold.bound != 1:
         raise ValueError(
-            "diffusers' pipelines threshold to a bound of 1 only (Stable Diffusion's switches clip_sample off), "
-            f"not {threshold.bound}: export a student without it"
+            "diffusers thresholds dynamically to a bound of 1 only, "
+            f"not {threshold.bound:g}: distil with reflection = 'static', or save it with Sampler.save instead"
         )
     reach = 1.0 if threshold.kind == "static" else 1e6  # static thresholding is dynamic with no reach beyond the bound
     return {
@@ -152,6 +154,12 @@ def _ddim(sampler: Sampler, config: dict) -> SchedulerMixin:
     """The scheduler of a student of DDIM steps."""
     if config["num_train_timesteps"] % sampler.steps == 0 and "thresholding" not in config:
         return DDIMScheduler(**config, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing")
+    if "clip_sample_range" in config:
+        raise ValueError(
+            f"of diffusers' schedulers only DDIMScheduler clips to a bound of {config['clip_sample_range']:g}, and it "
+            f"takes no {sampler.steps} steps, which do not divide {config['num_train_timesteps']}: distil to a number "
+            "of steps that does, such as 4 or 8, or with reflection = 'off', or save it with Sampler.save instead"
+        )
     config = {key: value for key, value in config.items() if key != "clip_sample"}
     return DPMSolverMultistepScheduler(**config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero")
 
@@ -171,6 +179,16 @@ def _original_steps(grid: Tensor, knots: int) -> int:
             return count
     nodes = [round(t * knots - 1, 2) for t in grid.tolist()[:-1]]
     raise ValueError(f"LCMScheduler cannot visit {nodes}: distil on lcm_grid, or on every k-th node of trailing_grid")
+
+
+def step_line(scheduler: SchedulerMixin, steps: int) -> str:
+    """The line of code without which a loaded pipeline would not walk as the student does; "" if there is none."""
+    if not isinstance(scheduler, DDIMScheduler) or not scheduler.config.clip_sample or steps == 1:
+        return ""
+    return (
+        "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, use_clipped_model_output=True)"
+        "  # else the noise is not that of the clipped estimate"
+    )
 
 # %% ../../nbs/07_models/02_schedulers.ipynb #eb2d3390
 def _second_order(sampler: Sampler, config: dict) -> SchedulerMixin:
