@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from pydantic import Field
+from torch import Tensor
 
 from ddil import cli
 from ddil.datasets.digits import digits
@@ -517,6 +518,35 @@ def test_data_beyond_the_bound_are_not_clipped_silently() -> None:
     """Static reflection is refused where the data lie beyond its bound, and goes with a greater one."""
     problem = digits_problem()
     problem.data = TensorData(3 * digits().x, digits().cond)
-    with pytest.raises(ValueError, match="bound = 1: the data's first sample reaches 3"):
-        stages.check(problem, Plan(stages=(4, 2)))
+    with pytest.raises(ValueError, match="bound = 2: one in a thousand of the data's numbers lies beyond 3"):
+        stages.check(problem, Plan(stages=(4, 2), bound=2.0))
     stages.check(problem, Plan(stages=(4, 2), bound=3.0))
+    assert stages.settled(problem, Plan(stages=(4, 2))).bound == 3.0
+
+
+def test_the_measured_bound_of_captions_alone() -> None:
+    """Where no clean samples are known, the teacher's take their place; the rehearsal measures nothing."""
+    problem = digits_problem(guidance_scale=3.0)
+    before, problem.data = innermost(problem.teacher).evaluations, Conditions(problem.data)
+    plan = stages.settled(problem, Plan(stages=(4, 2), collected=(1, 1)))
+    assert innermost(problem.teacher).evaluations - before == 2 * 32 * 32
+    assert 1.0 <= plan.bound < 1.5
+    assert stages.settled(problem, Plan(stages=(4, 2))).bound == plan.bound
+    assert innermost(problem.teacher).evaluations - before == 2 * 32 * 32
+    assert stages.settled(replace(problem, bound=2.0), Plan(stages=(4, 2))).bound == 2.0
+
+
+class Conditions:
+    """Data that know conditions alone."""
+
+    def __init__(self, data: TensorData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def conditions(self, rows: np.ndarray) -> Tensor:
+        return self.data.conditions(rows)
+
+    def __getitem__(self, rows: np.ndarray) -> None:
+        raise ValueError("captions alone")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from ddil.solvers import walk
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.export import export_pipeline
 from ddil.models.pipeline import TextToImage
-from ddil.distil.plan import Plan
+from ddil.distil.plan import Plan, read_plan
 from ddil.distil.problem import Bar, ModelOptions, no_bar, problem_of_model
 from ddil.distil.stages import distil
 from ddil.training.journal import read_log
@@ -93,10 +95,43 @@ def test_sdxl_from_plan_to_plain_diffusers(models: dict[str, Path], tmp_path: Pa
     before = TextToImage.load(source).network.state_dict()
     assert max((after - before[name]).abs().max() for name, after in weights(student).items()) > 1e-4
     folder = export_pipeline(student, TextToImage.load(source), tmp_path / "out")
-    plain = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
     noise = torch.randn(2, 4, 8, 8)
     ours = walked(student.denoiser, noise, student, data.conditions(np.arange(2)))
-    assert (ours - drawn(plain, noise, 2)).abs().max() < 1e-4 * ours.abs().max()
+    assert (ours - drawn_by_the_card(folder, source, noise)).abs().max() < 1e-4 * ours.abs().max()
+
+
+@pytest.mark.parametrize(("method", "kind"), [("PD", {}), ("PD", LORA), ("LCM", LORA)])
+def test_the_bound_travels(models: dict[str, Path], tmp_path: Path, method: str, kind: dict) -> None:
+    """What was measured on the data is kept in plan, identity and student; plain diffusers draws the same with it."""
+    source = models["StableDiffusion"]
+    data, asked = latents(source), plan(source, tmp_path / "run", method=method, updates=2, **SMALL, **kind)
+    assert asked.bound == "measured"
+    student = carried_out(asked, data)[2]
+    effective = read_plan(tmp_path / "run" / "plan.yaml")
+    assert 2.7 < effective.bound < 4
+    assert student.denoiser.threshold.bound == effective.bound == student.provenance["made by"]["bound"]
+    assert carried_out(effective, data)[2].provenance == carried_out(asked, data)[2].provenance == student.provenance
+    with pytest.raises(ValueError, match="made otherwise: bound"):
+        carried_out(asked.but(bound=5.0), data)
+    places = [export_pipeline(student, TextToImage.load(source), tmp_path / "out")]
+    places += [tmp_path / "run" / "4-to-2" / "lora"] if kind else []
+    noise, cond = 3 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), data.conditions(np.arange(2))
+    ours, free = (walked(one, noise, student, cond) for one in (student.denoiser, student.denoiser.denoiser))
+    assert (ours - free).abs().max() > 0.01 * ours.abs().max()  # the bound acts
+    for place in places:
+        assert (ours - drawn_by_the_card(place, source, noise)).abs().max() < 1e-5 * ours.abs().max()
+
+
+def drawn_by_the_card(folder: Path, source: Path, noise: Tensor) -> Tensor:
+    """The latents that the code on a card draws, in a process of its own that knows diffusers alone."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("\n```")[0]
+    torch.save(noise, folder / "noise.pt")
+    more = f'latents=torch.load("{folder}/noise.pt"), height=32, width=32, output_type="latent", '
+    code = code.replace('"a prompt",', f"{PROMPTS[:2]}, {more} generator=torch.Generator().manual_seed(3),")
+    code = code.replace("this folder", str(folder)).replace(f'"{source.name}"', f'"{source}"').replace("[0]", "")
+    code = f'import sys, torch\n{code}\nassert "ddil" not in sys.modules\ntorch.save(image, "{folder}/image.pt")'
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return torch.load(folder / "image.pt")
 
 
 class Stopped(Exception):
