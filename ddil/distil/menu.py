@@ -490,8 +490,8 @@ def nodes(schedule: Schedule, steps: int, options: Nodes) -> Tensor:
     """`steps` + 1 times of a walk. Raises ValueError for noise that the model does not know."""
     least, most = least_and_most(schedule)
     low, high = options.sigma_min, options.sigma_max or min(80.0, most)
-    if 0 < low < least or high > most:
-        name, value = ("sigma_min", low) if low < least else ("sigma_max", high)
+    if 0 < low < 0.99 * least or high > 1.01 * most:  # rounded numbers will do
+        name, value = ("sigma_min", low) if low < 0.99 * least else ("sigma_max", high)
         raise ValueError(f"{name} = {value:g}: this model knows noise to signal from {least:.4g} to {most:.4g}")
     if options.spacing == "polynomial":
         return karras_grid(schedule, steps, low, high, options.rho)
