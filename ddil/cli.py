@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # %% ../nbs/10_lab/17_cli.ipynb #50a4963d
 def command() -> None:
-    """The entry point of the console script."""
-    sys.exit(main())
+    """The entry point of the console script. Where the reader of a pipe has gone (`ddil methods | head`) it ends
+    quietly, with the status that a shell gives to that.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say goes nowhere
+        status = 141
+    sys.exit(status)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # python -m ddil.cli; a notebook has no file

@@ -16,8 +16,8 @@ from .doctor import examine
 from .menu import MENU, menu_text
 from .plan import PRESETS, HowLong, Plan, What, Where, WhoseStates, read_plan
 from .problem import KINDS_OF_PROBLEM, ModelOptions, kind_by_name
-from .stages import carry_out, make_problem, settled
-from ..forms import Form, UnusableValues, fields_of
+from .stages import carry_out, make_problem
+from ..forms import FieldText, Form, UnusableValues, fields_of
 from ..measure.plots import sample_rows
 from ..models.export import export_pipeline
 from ..models.pipeline import TextToImage
@@ -25,48 +25,69 @@ from ..solvers.sampler import Sampler
 from ..training.parallel import make_accelerator
 
 # %% auto #0
-__all__ = ['distil_options', 'plan_of', 'picture', 'finish', 'base_of', 'distil_command']
+__all__ = ['Owners', 'distil_options', 'plan_of', 'picture', 'finish', 'base_of', 'distil_command']
 
 # %% ../../nbs/09_distil/07_command.ipynb #4f8cc3ec
-def _groups() -> dict[str, tuple[type[Form], list[str]]]:
-    """The options below their headings: each heading with a form, and the names that no heading before it has."""
-    shared = {"whose states (DDIL)": WhoseStates, "how long": HowLong, "what is trained": What, "where": Where}
-    own = [
-        name
-        for name in Plan.model_fields
-        if not name.endswith("_options") and not any(name in form.model_fields for form in shared.values())
-    ]
-    groups: dict[str, tuple[type[Form], list[str]]] = {"what is distilled": (Plan, own)}
-    groups |= {title: (form, list(form.model_fields)) for title, form in shared.items()}
-    known = set(Plan.model_fields)
-    special = {f"of the problem {kind.name}": kind.form for kind in KINDS_OF_PROBLEM.values()}
-    special |= {f"of the method {entry.name}": entry.options for entry in MENU.values()}
-    for title, form in special.items():
-        groups[title] = (form, [name for name in form.model_fields if name not in known])
-        known |= set(form.model_fields)
-    return {title: group for title, group in groups.items() if group[1]}
+Owners = dict[str, FieldText]  # an option's field in each form that has it, by the name of its method or problem
+
+
+def _plan_groups() -> dict[str, dict[str, Owners]]:
+    """The options that every plan has: their fields by heading and name."""
+    parts = {"whose states (DDIL)": WhoseStates, "how long": HowLong, "what is trained": What, "where": Where}
+    special = {name for form in parts.values() for name in form.model_fields} | {"method_options", "problem_options"}
+    groups = {title: fields_of(form) for title, form in parts.items()}
+    groups = {"what is distilled": [field for field in fields_of(Plan) if field.name not in special], **groups}
+    return {title: {field.name: {"plan": field} for field in fields} for title, fields in groups.items()}
+
+
+def _own_groups(kind: str, forms: dict[str, type[Form]], known: set[str]) -> dict[str, dict[str, Owners]]:
+    """The options that methods or problems (`kind`) have of their own, likewise; first those that several share."""
+    owners: dict[str, Owners] = {}
+    for owner, form in forms.items():
+        for field in fields_of(form):
+            if field.name not in known:
+                owners.setdefault(field.name, {})[owner] = field
+    groups: dict[str, dict[str, Owners]] = {}
+    for name, fields in owners.items():
+        title = f"shared by the {kind}s {', '.join(fields)}" if len(fields) > 1 else f"of the {kind} {min(fields)}"
+        groups.setdefault(title, {})[name] = fields
+    return dict(sorted(groups.items(), key=lambda group: not group[0].startswith("shared")))
+
+# %% ../../nbs/09_distil/07_command.ipynb #0d77118f
+def _by_value(fields: Owners, part: str) -> dict[str, list[str]]:
+    """The values of a part of the fields, such as "default", each with the owners that have it; the commonest first."""
+    values: dict[str, list[str]] = {}
+    for owner, field in fields.items():
+        values.setdefault(getattr(field, part), []).append(owner)
+    return dict(sorted(values.items(), key=lambda value: -len(value[1])))
+
+
+def _option_text(fields: Owners) -> str:
+    """The help of an option: what it means to each of its owners, its type, and their defaults."""
+    (meaning, _), *others = _by_value(fields, "meaning").items()
+    meaning += "".join(f"; of {', '.join(owners)}: {text}" for text, owners in others)
+    (default, _), *others = _by_value(fields, "default").items()
+    defaults = [default or "none", *(f"{text or 'none'} of {', '.join(owners)}" for text, owners in others)]
+    default = f" (default: {'; '.join(defaults)})" if default or others else ""
+    return f"{meaning}: {next(iter(fields.values())).type}{default}".replace("%", "%%")
 
 
 def distil_options(command: argparse.ArgumentParser) -> None:
-    """A file with a plan, a preset, and everything that a plan may say."""
+    """A file with a plan, a preset, and everything that a plan may say; a truth value may stand alone."""
     command.add_argument("file", nargs="?", help="a YAML or JSON file with a plan")
     command.add_argument("--preset", metavar="NAME", help=f"a plan to begin with: {', '.join(PRESETS)}")
-    for title, (form, names) in _groups().items():
-        _add(command.add_argument_group(title), form, names)
+    groups, known = _plan_groups(), set(Plan.model_fields)
+    groups |= _own_groups("problem", {kind.name: kind.form for kind in KINDS_OF_PROBLEM.values()}, known)
+    known |= {name for options in groups.values() for name in options}
+    groups |= _own_groups("method", {entry.name: entry.options for entry in MENU.values()}, known)
+    for title, options in groups.items():
+        group = command.add_argument_group(title)
+        for name, fields in options.items():
+            truth = {"nargs": "?", "const": "true"} if min(fields.items())[1].type == "true or false" else {}
+            way = {"dest": name, "metavar": "VALUE", "help": _option_text(fields), **truth}
+            group.add_argument(f"--{name.replace('_', '-')}", **way)
 
-
-def _add(group: argparse._ArgumentGroup, form: type[Form], names: list[str]) -> None:
-    """Make options of some fields of a form; a truth value may stand alone."""
-    for field in fields_of(form):
-        if field.name in names:
-            truth = {"nargs": "?", "const": "true"} if form.model_fields[field.name].annotation is bool else {}
-            default = f" (default: {field.default})" if field.default else ""
-            text = f"{field.meaning}: {field.type}{default}".replace("%", "%%")
-            group.add_argument(
-                f"--{field.name.replace('_', '-')}", dest=field.name, metavar="VALUE", help=text, **truth
-            )
-
-# %% ../../nbs/09_distil/07_command.ipynb #0d77118f
+# %% ../../nbs/09_distil/07_command.ipynb #planof01
 def plan_of(given: argparse.Namespace) -> Plan:
     """The plan that a command line says. Raises UnusableValues or FileNotFoundError."""
     words = {
@@ -84,8 +105,7 @@ def picture(plan: Plan, student: Sampler, folder: Path) -> None:
         return
     rows = np.arange(16)
     cond = problem.data.conditions(rows)
-    asked = settled(problem, plan).reflect(problem.teacher)
-    teacher = Sampler(asked, problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
+    teacher = Sampler(plan.reflect(problem.teacher), problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
     strips = {
         f"{name}, {one.steps} steps": one.sample(rows.tolist(), cond)
         for name, one in (("teacher", teacher), ("student", student))
@@ -106,7 +126,10 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     if issubclass(kind_by_name(plan.problem).form, ModelOptions):
         try:
             export_pipeline(student, base_of(plan), folder)
-            how = f"the lines that draw with plain diffusers stand in {folder / 'README.md'}"
+            how = (
+                f'DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", '
+                f"num_inference_steps={student.steps}, guidance_scale=1.0)"
+            )
         except ValueError as error:
             student.save(folder)
             note = f"; plain diffusers cannot sample it: {error}"
