@@ -16,7 +16,7 @@ from .doctor import examine
 from .menu import MENU, menu_text
 from .plan import PRESETS, HowLong, Plan, What, Where, WhoseStates, read_plan
 from .problem import KINDS_OF_PROBLEM, ModelOptions, kind_by_name
-from .stages import carry_out, make_problem
+from .stages import carry_out, make_problem, settled
 from ..forms import FieldText, Form, UnusableValues, fields_of
 from ..measure.plots import sample_rows
 from ..models.export import export_pipeline
@@ -105,7 +105,8 @@ def picture(plan: Plan, student: Sampler, folder: Path) -> None:
         return
     rows = np.arange(16)
     cond = problem.data.conditions(rows)
-    teacher = Sampler(plan.reflect(problem.teacher), problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
+    asked = settled(problem, plan).reflect(problem.teacher)
+    teacher = Sampler(asked, problem.grid(plan.stages[0]), problem.shape, plan.teacher_solver)
     strips = {
         f"{name}, {one.steps} steps": one.sample(rows.tolist(), cond)
         for name, one in (("teacher", teacher), ("student", student))
@@ -126,10 +127,7 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     if issubclass(kind_by_name(plan.problem).form, ModelOptions):
         try:
             export_pipeline(student, base_of(plan), folder)
-            how = (
-                f'DiffusionPipeline.from_pretrained("{folder}", use_safetensors=True)("a prompt", '
-                f"num_inference_steps={student.steps}, guidance_scale=1.0)"
-            )
+            how = f"the lines that draw with plain diffusers stand in {folder / 'README.md'}"
         except ValueError as error:
             student.save(folder)
             note = f"; plain diffusers cannot sample it: {error}"
