@@ -11,25 +11,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import Field
 
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.exact import Gaussian
 from ..diffusion.noise import generator
 from ..diffusion.wrappers import Reflected, Threshold
 from .menu import MENU, Entry, check_steps, default_stages, method_by_name
 from .problem import KINDS_OF_PROBLEM, Kind, kind_by_name
 from ..forms import Count, Form, Natural, Positive, Probability, UnusableValues, rule, understand
 from ..rollins.ddil import DDIL
-from ..solvers import ODE_SOLVERS, walk
+from ..rollins.replay import walks_of
+from ..solvers import ODE_SOLVERS
 from ..training.settings import Settings
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Pair', 'SolverName', 'SMALL', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan',
-           'flat', 'decisive', 'preset', 'read_plan', 'write_plan']
+__all__ = ['Pair', 'SMALL', 'OF_COLLECTED', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan',
+           'flat', 'decisive', 'collects', 'preset', 'read_plan', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 Pair = tuple[Probability, Probability]
@@ -46,14 +45,13 @@ class WhoseStates(Form):
     mixing: Literal["batch", "sample"] = Field(
         "batch", description="one choice of roll-in and driver for a batch, or for each sample"
     )
-    capacity: Count = Field(8192, description="states that are kept")
+    capacity: Count = Field(8192, description="states that are kept at most: a bound of memory")
     reuse: Positive = Field(4.0, description="times that a kept state is trained on, on average")
+    reach: float = Field(0.1, gt=0, le=1, description="share of a stage's updates for which a kept state may be served")
 
 
 class HowLong(Settings):
     """How long, how fast and how safely a stage is trained: the trainer's settings, and what concerns whole runs."""
-
-    updates: Count | tuple[Count, ...] = Field(1000, description="optimiser updates of every stage, or one for each")
 
     checkpoint_every: Natural = Field(500, description="updates between two checkpoints; 0: none")
     watch_every: Natural = Field(
@@ -62,9 +60,6 @@ class HowLong(Settings):
     seed: Natural = Field(0, description="of everything that is drawn")
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0b9288ea
-SolverName = Literal[tuple(ODE_SOLVERS)]  # type: ignore
-
-
 class What(Form):
     """What is trained, and how its estimates are kept."""
 
@@ -74,15 +69,11 @@ class What(Form):
     rank: Count = Field(64, description="of adapters")
     alpha: float | None = Field(None, gt=0, description="adapters are scaled by alpha / rank; none: by 1")
     reflection: Literal["off", "static", "dynamic"] = Field(
-        "static", description="how clean estimates of teacher and student are kept within the bound"
+        "off", description="how clean estimates are kept within the bound"
     )
-    bound: Positive | Literal["measured"] = Field(
-        "measured", description="of reflection: a number, or measured on the problem's data"
-    )
-    teacher_solver: SolverName = Field("ddim", description="that the first teacher walks with")
-    sampler: SolverName | None = Field(
-        None, description="that students are sampled with, however they are trained; none: the method's own"
-    )
+    bound: Positive = Field(1.0, description="of reflection")
+    # type: ignore
+    teacher_solver: Literal[tuple(ODE_SOLVERS)] = Field("ddim", description="that the first teacher walks with")
 
 
 class Where(Form):
@@ -101,6 +92,7 @@ SMALL = {
     "stages": (16, 8, 4, 2, 1),
     "output": "runs/distil",
     "ema": 0.99,
+    "reflection": "static",
 }  # where no problem says better
 
 
@@ -119,14 +111,8 @@ def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str
                 f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them"
             )
         own = {name: values.pop(name) for name in form.model_fields if name in values}
-        suited = _of_form(form, kind)
-        values[key] = _understood(form, {**suited, **(values.get(key) or {}), **own})
+        values[key] = _understood(form, {**(values.get(key) or {}), **own})
     return entry, kind, values
-
-
-def _of_form(form: type[Form], kind: Kind | None) -> dict[str, Any]:
-    """The defaults of a kind of problem that are options of a form."""
-    return {name: value for name, value in (kind.defaults if kind else {}).items() if name in form.model_fields}
 
 
 def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
     """What the problem, and over it the method's paper, give where a plan says nothing."""
-    known = _of_form(Plan, kind) if kind else dict(SMALL)
+    known = dict(kind.defaults if kind else SMALL)
     if entry.steps != "halving":
         known["stages"] = default_stages(entry, known["stages"][0], 4)
     if entry.ddil:
@@ -150,11 +136,9 @@ def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0e237039
 def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some twenty lines of the log for the shortest stage, and at most fifty updates between two."""
-    updates = understand(values.get("updates", 1000), HowLong.model_fields["updates"].annotation)
-    every = updates if isinstance(updates, tuple) else (updates,)
-    whole = every and all(isinstance(number, int) and number > 0 for number in every)
-    return {"log_every": max(1, min(50, min(every) // 20))} if whole else {}
+    """Some twenty lines of the log for a short stage, and at most fifty updates between two."""
+    updates = understand(values.get("updates", 1000), int)
+    return {"log_every": max(1, min(50, updates // 20))} if isinstance(updates, int) and updates > 0 else {}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d13945ee
 class Values(Where, What, HowLong, WhoseStates):
@@ -185,39 +169,14 @@ class Values(Where, What, HowLong, WhoseStates):
         """Steps of teacher and student of each stage."""
         return list(pairwise(self.stages))
 
-    @property
-    def stage_updates(self) -> tuple[int, ...]:
-        """Updates of each stage."""
-        return self.updates if isinstance(self.updates, tuple) else (self.updates,) * len(self.pairs)
-
 # %% ../../nbs/09_distil/03_plan.ipynb #d9bed50e
 class Checked(Values):
     """Values that go together."""
 
     @rule
     def steps(self) -> Iterable[str]:
-        """The stages suit the method, and each of them has its updates."""
-        yield from _complaint(lambda: check_steps(self.entry, self.stages))
-        if len(self.stage_updates) != len(self.pairs):
-            yield (
-                f"updates = {list(self.updates)}: {len(self.updates)} numbers for {len(self.pairs)} "
-                f"stage{'s' * (len(self.pairs) != 1)}: give one for each stage, or one for all"
-            )
-
-    @rule
-    def sampled(self) -> Iterable[str]:
-        """The students can be sampled with the sampler that is asked for."""
-        own = self.entry.solver
-        if self.sampler and own not in ODE_SOLVERS:
-            yield f"sampler = {self.sampler!r}: students of {self.method} are sampled with {own!r} alone: leave it out"
-        elif self.sampler:
-            for steps in sorted({*self.stages[1:]}):
-                yield from (f"sampler = {self.sampler!r}: {text}" for text in _complaint(lambda: self._try(steps)))
-
-    def _try(self, steps: int) -> None:
-        """Sample a point in so many steps. Raises ValueError if the sampler cannot."""
-        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        list(walk(Gaussian(), torch.zeros(1, 1), grid, solver=ODE_SOLVERS[self.sampler]))
+        """The stages suit the method."""
+        return _complaint(lambda: check_steps(self.entry, self.stages))
 
     @rule
     def own_options(self) -> Iterable[str]:
@@ -240,11 +199,11 @@ class Checked(Values):
                 f"batch = {self.batch}: DDIL begins {walks} roll-outs at a time, which cannot be shared by {world} "
                 f"processes: choose a multiple of {4 * world}"
             )
-        most = self.batch * max(self.stages[1:], default=1)
+        most = max((walks_of(self.batch, steps) * steps for steps in self.stages[1:]), default=1)
         if any(self.collected) and self.capacity < most:
             yield (
-                f"capacity = {self.capacity}: cannot hold one trajectory for each row of the batch: choose {most} "
-                "or more, or a smaller batch"
+                f"capacity = {self.capacity}: cannot hold the roll-outs that are begun at a time: choose {most} or "
+                "more, or a smaller batch"
             )
 
     @rule
@@ -284,42 +243,29 @@ class Plan(Checked):
     @property
     def ddil(self) -> DDIL | None:
         """Whose states; None for the method's plain ones."""
-        return DDIL(self.collected, self.beta, self.mixing, self.capacity, self.reuse) if any(self.collected) else None
+        whose = {name: getattr(self, name) for name in WhoseStates.model_fields}
+        return DDIL(**whose) if any(self.collected) else None
 
     def settings(self, student_steps: int = 0) -> Settings:
-        """The trainer's settings for the stage that makes a student of so many steps (0: the first stage's); each
-        stage draws of its own.
-        """
+        """The trainer's settings for the stage that makes a student of so many steps; each stage draws of its own."""
         seed = int(generator(self.seed, "stage", student_steps).integers(1 << 31))
-        index = self.stages[1:].index(student_steps) if student_steps in self.stages[1:] else 0
-        own = {"seed": seed, "updates": self.stage_updates[index]}
-        return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, **own})
+        return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, "seed": seed})
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with its clean estimates kept as the plan says.
-
-        Raises ValueError while the bound is still to be measured.
-        """
-        if self.reflection == "off":
-            return denoiser
-        if self.bound == "measured":
-            raise ValueError("bound = 'measured': of which problem? settled(problem, plan) is the plan with a number")
-        return Reflected(denoiser, Threshold(self.reflection, self.bound))
+        """The denoiser with its clean estimates kept as the plan says."""
+        return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
 
     def but(self, **changes: Any) -> Plan:
         """The same plan with some values changed; values that only made sense with a removed one are removed, too."""
         values = {**flat(self), **changes}
         needless = {"bound"} if values["reflection"] == "off" else set()
         needless |= {"alpha"} if values["adapters"] == "full" else set()
+        needless |= set() if collects(values.get("collected", 0)) else OF_COLLECTED
         return Plan(**{name: value for name, value in values.items() if name in changes or name not in needless})
 
     def flat(self) -> dict[str, Any]:
         """All values as they are written in a file."""
         return flat(self)
-
-    def sampler_of(self, entry: Entry) -> str:
-        """The name of the solver that a student of an entry is sampled with."""
-        return self.sampler or entry.solver
 
 # %% ../../nbs/09_distil/03_plan.ipynb #48839c4a
 def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -336,7 +282,7 @@ def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def flat(plan: Plan) -> dict[str, Any]:
     """All values of a plan as they are written in a file; what the method or the plan has no use for is left out."""
-    unused = set(WhoseStates.model_fields) if plan.entry.ddil else set()
+    unused = set(WhoseStates.model_fields) if plan.entry.ddil else set() if any(plan.collected) else OF_COLLECTED
     unused |= {"bound"} if plan.reflection == "off" else set()
     values = {
         name: value for name, value in plan.model_dump().items() if name not in unused and not name.endswith("_options")
@@ -357,12 +303,9 @@ def decisive(plan: Plan) -> dict[str, Any]:
         "method_options",
     } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
-    free |= {"bound"} if plan.reflection == "off" else set()
-    free |= set() if any(plan.collected) else {"beta", "mixing", "capacity", "reuse"}
-    free |= {"sampler"} if plan.sampler in (None, plan.entry.solver) else set()
+    free |= set() if any(plan.collected) else OF_COLLECTED
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
-    alike = {"updates": plan.stage_updates[0]} if len(set(plan.stage_updates)) == 1 else {}
-    return json.loads(json.dumps({**values, **alike, **plan.options.model_dump()}))
+    return json.loads(json.dumps({**values, **plan.options.model_dump()}))
 
 # %% ../../nbs/09_distil/03_plan.ipynb #6ac479a2
 def _complaint(check) -> list[str]:
@@ -387,17 +330,22 @@ def _ignored(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
     """Complaints about options that the method would ignore."""
     if entry.ddil:
         for name in WhoseStates.model_fields:
-            if name in values and not (
-                name == "collected" and not any(float(share) for share in _numbers(values[name]))
-            ):
+            if name in values and not (name == "collected" and not collects(values[name])):
                 yield f"{name} = {values[name]!r}: {entry.name} takes no DDIL: {entry.ddil}. Leave it out"
+    elif not collects(values.get("collected", _defaults(entry, kind).get("collected", 1))):
+        yield from (
+            f"{name} = {values[name]!r}: says something about collected states, and none is collected: leave it out, "
+            "or add collected = 0.25,0.5"
+            for name in values
+            if name in OF_COLLECTED
+        )
     if values.get("adapters", "full") == "full":
         yield from (
             f"{name} = {values[name]!r}: only adapters have one: add adapters = 'lora', or leave it out"
             for name in ("alpha",)
             if values.get(name) is not None
         )
-    if understand(values.get("reflection"), What.model_fields["reflection"].annotation) == "off" and "bound" in values:
+    if values.get("reflection", _defaults(entry, kind).get("reflection", "off")) == "off" and "bound" in values:
         yield f"bound = {values['bound']!r}: only reflection has one: add reflection = 'static', or leave it out"
 
 # %% ../../nbs/09_distil/03_plan.ipynb #96d218e6
@@ -414,6 +362,14 @@ def _numbers(value: Any) -> list[float]:
         return [float(part) for part in parts]
     except (TypeError, ValueError):
         return [1.0]
+
+
+OF_COLLECTED = set(WhoseStates.model_fields) - {"collected"}  # what only they have
+
+
+def collects(collected: Any) -> bool:
+    """Whether these shares of collected states, in any form that a plan takes, are not all 0."""
+    return any(_numbers(collected))
 
 
 def _strange(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iterator[str]:
@@ -491,11 +447,6 @@ PRESETS: dict[str, dict] = {
         capacity=1024,
     ),
 }
-PRESETS["sd15-coco-two-steps"] = {
-    **PRESETS["sd15-coco"],
-    "stages": (64, 32, 16, 8, 4, 2),
-    "updates": (10000, 10000, 10000, 10000, 15000),
-}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #8a777688
 def preset(name: str, /, **changes: Any) -> Plan:
@@ -518,9 +469,17 @@ def preset(name: str, /, **changes: Any) -> Plan:
             known["stages"] = default_stages(method_by_name(changes["method"]), known["stages"][0], known["stages"][-1])
         if method_by_name(changes["method"]).ddil:
             known = {key: value for key, value in known.items() if key not in WhoseStates.model_fields}
-    if isinstance(known.get("updates"), tuple) and {**known, **changes}["stages"] != PRESETS[name]["stages"]:
-        known["updates"] = known["updates"][0]  # of one stage, for the others that are asked for
-    return Plan(**{**known, **changes})
+    return Plan(**_overruled(known, changes))
+
+
+def _overruled(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Values with changes, without what only made sense before them; so, too, in files of earlier versions, which
+    named everything.
+    """
+    earlier = OF_COLLECTED - {"reach"} <= values.keys() and "reach" not in values
+    if not collects({**(values if earlier else {}), **changes}.get("collected", 1)):
+        values = {name: value for name, value in values.items() if name not in OF_COLLECTED}
+    return {**values, **changes}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d5605ac6
 def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
@@ -541,7 +500,7 @@ def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
             raise UnusableValues(
                 "the plan", [f"{path} must hold names and values, such as 'method: lcm', not {values!r}"]
             )
-    values = {**{str(name): value for name, value in values.items()}, **changes}
+    values = _overruled({str(name): value for name, value in values.items()}, changes)
     name = values.pop("preset", None)
     return preset(name, **values) if name else Plan(**values)
 

@@ -444,6 +444,7 @@ def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, tex
         "made by": identity_of(problem, plan),
         "cost": cost,
         "roll-in": ready.rollin.log(),
+        "served otherwise than asked": ready.rollin.complaints(),
     }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
     scale = taught_scale(problem, plan)

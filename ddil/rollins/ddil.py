@@ -25,13 +25,14 @@ __all__ = ['Shares', 'DDIL']
 # %% ../../nbs/03_rollins/10_ddil.ipynb #9ad2d392
 @dataclass(frozen=True)
 class Shares:
-    """How much of the training states is collected, who drives there, and how long they are kept: checked values."""
+    """How much of the training states is collected, who drives there, and how long they are served: checked values."""
 
     collected: tuple[float, float] = (0.25, 0.50)
     beta: tuple[float, float] | Ramp = (0.15, 0.80)
     mixing: str = "batch"
     capacity: int = 8192
     reuse: float = 4.0
+    reach: float = 0.1
 
     def __post_init__(self) -> None:
         pairs = {"collected": self.collected} | ({} if isinstance(self.beta, Ramp) else {"beta": self.beta})
@@ -42,6 +43,8 @@ class Shares:
         check_mixing(self.mixing)
         if self.capacity < 1 or not self.reuse > 0:
             raise ValueError(f"capacity and reuse must be positive, not {self.capacity} and {self.reuse}")
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"reach is a share of the updates, above 0 and up to 1, not {self.reach}")
 
 # %% ../../nbs/03_rollins/10_ddil.ipynb #a557a89c
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class DDIL(Shares):
 
     `collected`: the share of batches that come from roll-outs, before and after 60 % of the updates. `beta`: likewise
     the share of transitions that the student makes there, or any Ramp. `mixing`: one choice for the "batch" (published)
-    or each "sample". `capacity`: states that the replay holds. `reuse`: how often each is trained on, on average.
+    or each "sample". `reuse`: how often a state is trained on, on average. `reach`: the share of the updates for which
+    it may be served, as long as beta is about what it was. `capacity`: states that are kept at most.
     """
 
     def states(
@@ -76,6 +80,5 @@ class DDIL(Shares):
         share = staged(*self.collected, updates)
         beta = self.beta if isinstance(self.beta, Ramp) else staged(*self.beta, updates)
         rollout = Rollout(student, teacher, shape, data, beta, self.mixing, label, solver, source)
-        quarter = batch // 4 if batch % 4 == 0 else batch  # few walks, but often: fresher states at the same cost
-        replay = Replay(rollout, batch, self.capacity, self.reuse, quarter)
+        replay = Replay(rollout, batch, self.reach * updates, self.capacity, self.reuse)
         return Mixture({"forward": (forward, share.complement()), "collected": (replay, share)}, self.mixing, source)

@@ -98,6 +98,9 @@ class ConditionDropout(RollIn):
     def log(self) -> dict[str, float]:
         return self.rollin.log()
 
+    def complaints(self) -> list[str]:
+        return self.rollin.complaints()
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.rollin.state_dict()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Source
-from .ramp import check_mixing, Ramp
+from .ramp import check_mixing, Ramp, Served
 from .states import cat_states, RollIn, States, under, within
 
 # %% auto #0
@@ -26,7 +26,7 @@ class Lottery:
     def __init__(self, priors: dict[str, float | Ramp], mixing: str, source: Source):
         self.priors = {name: Ramp.of(prior) for name, prior in priors.items()}
         self.mixing, self.source = check_mixing(mixing), source
-        self.asked, self.used = np.zeros(len(priors)), np.zeros(len(priors))
+        self.served = {name: Served(ramp) for name, ramp in self.priors.items()}
         for step in {start for ramp in self.priors.values() for start in ramp.starts}:
             self.prior(step)
 
@@ -45,17 +45,14 @@ class Lottery:
         prior = self.prior(step)
         drawn = self.source.generator("mixture", step).random(n if self.mixing == "sample" else 1)
         choice = np.broadcast_to(np.searchsorted(prior.cumsum()[:-1], drawn, side="right"), n)
-        self.asked += prior * asked.sum()
-        self.used += np.bincount(choice[asked], minlength=len(self.priors))
+        coins = int(asked.sum()) if self.mixing == "sample" else 1
+        for served, of_part in zip(self.served.values(), np.bincount(choice[asked], minlength=len(self.priors))):
+            served.count(step, int(asked.sum()), int(of_part), coins)
         return choice
 
     def log(self) -> dict[str, float]:
-        """For each part the share asked and the share used since the beginning."""
-        total = max(self.asked.sum(), 1)
-        shares = {}
-        for word, values in (("asked", self.asked), ("used", self.used)):
-            shares |= {f"{name} {word}": float(value / total) for name, value in zip(self.priors, values)}
-        return shares
+        """For each part the share of the states that was asked for, and the share that was served."""
+        return {key: value for name, served in self.served.items() for key, value in served.total(name).items()}
 
 # %% ../../nbs/03_rollins/08_mixture.ipynb #dbab2097
 class Mixture(RollIn):
@@ -90,12 +87,18 @@ class Mixture(RollIn):
         parts = {f"{name} {key}": value for name, part in self.parts.items() for key, value in part.log().items()}
         return self.lottery.log() | parts
 
+    def complaints(self) -> list[str]:
+        """What was served otherwise than asked: shares of the parts, and what each part says."""
+        shares = [line for name, served in self.lottery.served.items() for line in served.complaints(name)]
+        return shares + [f"{name} {line}" for name, part in self.parts.items() for line in part.complaints()]
+
     def state_dict(self) -> dict[str, Tensor]:
-        shares = {"asked": torch.from_numpy(self.lottery.asked), "used": torch.from_numpy(self.lottery.used)}
+        shares = (under(f"share of {name}", served.state_dict()) for name, served in self.lottery.served.items())
         parts = (under(name, part.state_dict()) for name, part in self.parts.items())
-        return {key: value for state in (shares, *parts) for key, value in state.items()}
+        return {key: value for state in (*shares, *parts) for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.lottery.asked, self.lottery.used = (state[name].numpy().copy() for name in ("asked", "used"))
+        for name, served in self.lottery.served.items():
+            served.load_state_dict(within(f"share of {name}", state))
         for name, part in self.parts.items():
             part.load_state_dict(within(name, state))

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser, map_cond
 from ..diffusion.noise import Draws, Source
-from .ramp import check_mixing, Ramp
+from .ramp import check_mixing, Ramp, Served
 from .states import cat_states, Data, Origin, RollIn, States
 from .teacher import Teacher
 from ..solvers import ddim, Memory, Solver
 
 # %% auto #0
-__all__ = ['Driver', 'mixed_step', 'begin', 'driving', 'Wheel', 'Walks', 'Rollout']
+__all__ = ['Driver', 'DRIVEN', 'mixed_step', 'begin', 'driving', 'Wheel', 'Driven', 'Walks', 'Rollout']
 
 # %% ../../nbs/03_rollins/06_rollout.ipynb #c987fe1d
 Driver = Callable[[Tensor, Cond, "Tensor | slice"], Tensor]
@@ -114,8 +114,46 @@ def _noise(here: States, draws: Draws) -> Callable[[Tensor], Tensor]:
     return lambda like: draws.normal(here.z.shape[1:])
 
 # %% ../../nbs/03_rollins/06_rollout.ipynb #4ec9fa47
-class Walks(RollIn):
-    """Who drives on walks from noise, how often, and what of a walk is kept; the transitions are counted by driver."""
+DRIVEN = "driven by student"
+
+
+class Driven(RollIn):
+    """A roll-in of walks that counts the states served by who drove to them: `served`, beside the probability `beta`.
+
+    `mixing`: one coin for all walks of a "batch", or for each "sample".
+    """
+
+    def __init__(self, beta: float | Ramp, mixing: str):
+        self.beta, self.mixing = Ramp.of(beta), check_mixing(mixing)
+        self.served = Served(self.beta)
+
+    def coins(self, drivers: np.ndarray) -> int:
+        """How many coins stand behind the `drivers` (nodes, n) of some walks."""
+        return int(((drivers if self.mixing == "sample" else drivers[:, :1]) != Origin.NOISE).sum())
+
+    def note(self, step: int, drivers: np.ndarray, coins: int) -> None:
+        """Count states that are served at update `step`, by who drove to them; `coins`: not counted before."""
+        self.served.count(step, int((drivers != Origin.NOISE).sum()), int((drivers == Origin.STUDENT).sum()), coins)
+
+    def log(self) -> dict[str, float]:
+        """Of the states served to which someone drove, the share asked of the student and the share that it made."""
+        return self.served.log(DRIVEN)
+
+    def complaints(self) -> list[str]:
+        return self.served.complaints(DRIVEN)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.served.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.served.load_state_dict(state)
+
+# %% ../../nbs/03_rollins/06_rollout.ipynb #4b38220b
+class Walks(Driven):
+    """Who drives on walks from noise, how often, and what of a walk is kept.
+
+    `drivers` (nodes, n): who brought the last n walks, of all processes, to each of their nodes; to the first, noise.
+    """
 
     def __init__(
         self,
@@ -130,6 +168,7 @@ class Walks(RollIn):
         source: Source | int = Source(),
         visit: str = "all",
     ):
+        super().__init__(beta, mixing)
         if student.schedule != teacher.denoiser.schedule:
             raise ValueError(
                 f"student and teacher must walk on one schedule, not {student.schedule} and {teacher.denoiser.schedule}"
@@ -137,26 +176,15 @@ class Walks(RollIn):
         if visit not in ("all", "one"):
             raise ValueError(f"visit must be 'all' or 'one', not {visit!r}")
         self.wheel, self.shape, self.data = Wheel(student, teacher, solver), tuple(shape), data
-        self.beta, self.mixing, self.label, self.visit = Ramp.of(beta), check_mixing(mixing), label, visit
+        self.label, self.visit, self.steps = label, visit, len(teacher.student_grid) - 1
         self.source = Source.of(source).on(student.device)
         self.asks_apart = mixing == "sample"  # each process asks for the rows that its coins chose
-        self.tally = torch.zeros(3, dtype=torch.float64)  # transitions, those asked of the student, those it made
+        self.drivers = np.zeros((0, 0), np.int8)
 
     @property
     def nodes(self) -> int:
         """States that one trajectory gives."""
-        return len(self.wheel.teacher.student_grid) - 1 if self.visit == "all" else 1
-
-    def log(self) -> dict[str, float]:
-        """The share of transitions that the student was asked to make, and the share that it made."""
-        total, asked, made = self.tally.tolist()
-        return {"beta asked": asked / total, "beta used": made / total} if total else {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"tally": self.tally}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.tally = state["tally"]
+        return self.steps if self.visit == "all" else 1
 
 # %% ../../nbs/03_rollins/06_rollout.ipynb #4bfd865d
 class Rollout(Walks):
@@ -167,16 +195,20 @@ class Rollout(Walks):
     where the student drives. `visit`: "all" nodes of a walk give states, or "one", drawn for the batch, where it ends.
     """
 
-    def trajectories(self, n: int, step: int) -> list[States]:
-        """This process' share of `n` roll-outs: their states, node by node from noise on."""
-        wheel, beta, visited = self.wheel, self.beta(step), []
+    def trajectories(self, n: int, step: int, points: np.ndarray | None = None) -> list[States]:
+        """This process' share of `n` roll-outs: their states, node by node from noise on.
+
+        `points`: numbers in [0, 1), one for each node, that decide for all walks who drives on from there; None: drawn.
+        """
+        wheel, beta, visited, drivers = self.wheel, self.beta(step), [], [np.full(n, Origin.NOISE)]
         draws = self.source.draws("rollout", step, n=n)
         here = begin(wheel.teacher, self.shape, self.data, draws)
-        last = self.nodes - 1 if self.visit == "all" else draws.one_integer(len(wheel.teacher.student_grid) - 1)
+        last = self.nodes - 1 if self.visit == "all" else draws.one_integer(self.steps)
         with driving(wheel.student):
             for node in range(last + 1):
                 here, place = wheel.inside(here, node, draws)
-                coins = draws.coins(beta, each=self.mixing == "sample")
+                drawn = draws.coins(beta, each=self.mixing == "sample")
+                coins = drawn if points is None else np.full(n, points[node] < beta)
                 by_student, goes_on = coins[draws.rows], node < last
                 asked = self.label and (self.visit == "all" or not goes_on)
                 if asked or (goes_on and not by_student.all()):
@@ -184,15 +216,19 @@ class Rollout(Walks):
                 visited.append(here)
                 if goes_on:  # where the walk ends is a sample, not a state to train on
                     here = wheel.step(here, place, node, by_student, draws)
-                    self.tally += torch.tensor([n, beta * n, coins.sum()])  # of all processes
+                    drivers.append(np.where(coins, Origin.STUDENT, Origin.TEACHER))
+        self.drivers = np.stack(drivers[-self.nodes :]).astype(np.int8)
         return visited[-self.nodes :]
 
     def sample(self, n: int, step: int, rows: np.ndarray | None = None) -> States:
         """States of as few roll-outs as hold `n` of them, all nodes alike."""
-        world = self.source.shard.world
-        enough = -(-n // (self.nodes * world)) * world
+        mine, world = self.source.rows(n, rows), self.source.shard.world
+        enough = -(-n // (self.nodes * world))  # for each process
         with torch.inference_mode(False):
-            copies = [states.map(Tensor.clone) for states in self.trajectories(enough, step)]  # which autograd may save
-            visited = cat_states(copies)
-        order = np.arange(len(visited)).reshape(self.nodes, -1).T.reshape(-1)  # trajectory by trajectory
-        return visited[order[self.source.rows(n, rows) - self.source.rows(n)[0]]]
+            walks = self.trajectories(enough * world, step)
+            visited = cat_states([states.map(Tensor.clone) for states in walks])  # copies, which autograd may save
+        process, place = np.divmod(np.arange(n), n // world)
+        walk, node = np.divmod(place, self.nodes)  # trajectory by trajectory
+        drivers = self.drivers[node, process * enough + walk]
+        self.note(step, drivers if rows is None else drivers[rows], self.coins(self.drivers))
+        return visited[node[mine] * enough + walk[mine]]

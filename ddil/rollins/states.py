@@ -138,6 +138,10 @@ class RollIn:
         """What it counted since the beginning, by name."""
         return {}
 
+    def complaints(self) -> list[str]:
+        """What it served otherwise than it was asked."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that it remembers, as a flat dictionary of tensors; nothing, if seed and update decide the states."""
         return {}

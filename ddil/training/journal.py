@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,7 @@ class Journal:
         self.accelerator, self.folder = accelerator, folder
         self.lines: list[dict[str, float]] = []
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
+        self._warned = False
 
     def begin(self, step: int) -> None:
         """Go on after update `step`: lines of later updates are cut off."""
@@ -76,6 +78,12 @@ class Journal:
         values = torch.stack([value.float() for _, numbers in waiting for value in numbers.values()])
         values = self.accelerator.reduce(values, "mean").tolist()
         return [Number(*key, value) for key, value in zip(keys, values)]
+
+    def warn(self, complaints: list[str]) -> None:
+        """Warn, once, if the states were others than asked for; the first process does."""
+        if complaints and not self._warned and self.accelerator.is_main_process:
+            warnings.warn(f"the states are not those that were asked for: {'; '.join(complaints)}", stacklevel=2)
+        self._warned = self._warned or bool(complaints)
 
     def write(self, line: dict[str, float]) -> None:
         """Add a line; the first process writes it."""

@@ -228,6 +228,7 @@ class Recorded(Training):
         self.guard.check(numbers, self.history)
         figures = self.watch.look(self.finished(), self.step, self.accelerator.is_main_process) if look else {}
         counts = {f"{name} evaluations": count for name, count in self.counts.total(self.accelerator).items()}
+        self.journal.warn(self.rollin.complaints())
         self.journal.write(
             {
                 "update": self.step,
