@@ -231,14 +231,14 @@ def test_a_plan_is_checked_whether_or_not_it_is_used() -> None:
 def test_a_replay_that_does_not_fit() -> None:
     """Too few places, and lanes that cannot be shared, with the numbers that would do."""
     rollout = Rollout(mlp(), Teacher(CountingTeacher(), uniform_grid(8)), (64,), source=Source(shard=Shard(0, 2)))
-    message = "capacity 63 cannot hold one trajectory of 4 states for each of 16 rows: at least 64"
+    message = "capacity 15 cannot hold one collection of 4 walks of 4 states each: at least 16"
     with pytest.raises(ValueError, match=message):
-        Replay(rollout, 16, 63)
-    Replay(rollout, 16, 64)
-    for trajectories in (3, 1):
-        message = f"{trajectories} roll-outs per collection must divide the batch of 16 and be shared by 2 processes"
+        Replay(rollout, 16, 10, capacity=15)
+    Replay(rollout, 16, 10, capacity=16)
+    for walks in (3, 1):
+        message = f"{walks} roll-outs per collection must divide the batch of 16 and be shared by 2 processes"
         with pytest.raises(ValueError, match=message):
-            Replay(rollout, 16, 64, trajectories=trajectories)
+            Replay(rollout, 16, 10, walks=walks)
 
 
 def test_a_grid_that_was_not_trained() -> None:

@@ -67,7 +67,6 @@ def asked(name: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A plan of three updates of a method, with checkpoints, as names and values."""
     entry = MENU[name]
     values = {"method": name, "stages": STAGES[entry.steps], "updates": 3, "batch": 8, "checkpoint_every": 2}
-    values |= {} if entry.ddil else {"capacity": 32}
     values |= {"pairs": 8} if "pairs" in entry.options.model_fields else {}
     return {**values, "output": str(output), **changes}
 
@@ -306,6 +305,7 @@ def test_an_option_that_would_be_ignored_is_refused(name: str) -> None:
 def test_states_that_have_no_place_are_refused(name: str) -> None:
     """A method with states of its own takes none of DDIL's options, and says why."""
     values = {"collected": (0.25, 0.5), "beta": (0.1, 0.9), "mixing": "sample", "capacity": 64, "reuse": 2.0}
+    values |= {"reach": 0.2}
     assert values.keys() == WhoseStates.model_fields.keys()
     with pytest.raises(UnusableValues) as refusal:
         Plan(method=name, **values)

@@ -184,10 +184,10 @@ def test_states_of_dmd2(dmd2: Path, request: pytest.FixtureRequest) -> None:
     """The published method looks at its own walk alone; with DDIL, states of data and of roll-outs share a batch."""
     line = read_log(dmd2 / "8-to-4")[-1]
     if "simulated" in request.node.name:
-        assert line["beta used"] == 1.0
-        assert "forward used" not in line
+        assert line["driven by student served"] == 1.0
+        assert "forward served" not in line
     else:
-        assert line["forward used"] + line["collected used"] == 1.0
+        assert line["forward served"] + line["collected served"] == 1.0
 
 
 def test_roles_of_dmd2_in_plain_diffusers(dmd2: Path, models: dict[str, Path], tmp_path: Path) -> None:

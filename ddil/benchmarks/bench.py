@@ -633,8 +633,8 @@ def measure(quick: bool = False, device: str = "cpu", parts: Sequence[str] = PAR
             rows += method_rows(name, problem, *((1, 2) if quick else (rounds, batch)))
     if "training" not in parts:
         return rows
-    digit = Plan(stages=(16, 8), updates=20 if quick else 200)
-    text = Plan(stages=(4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off")
+    digit = Plan(stages=(16, 8), updates=20 if quick else 200, reach=0.5)  # 100 updates, as of 1000
+    text = Plan(stages=(4, 2), updates=6 if quick else 40, batch=2 if quick else 8, reflection="off", reach=1.0)
     for name, problem, plan, seeds, rounds in (
         ("digits", digits_problem(device=device), digit, 4, 100),
         ("15 M U-Net", text_problem(device=device), text, 2, 8),

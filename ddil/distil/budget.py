@@ -95,7 +95,8 @@ def cost_of(problem: Problem, plan: Plan, index: int = 0, trial: int = 100, rows
         "distribution": "ddp",
         "compile_teacher": False,
     }
-    kept = {"capacity": rows * max(plan.stages)} if plan.ddil else {}
+    reach = min(1.0, plan.reach * plan.stage_updates[index] / trial)  # as many updates as in the stage
+    kept = {"capacity": rows * max(plan.stages), "reach": reach} if plan.ddil else {}
     small = plan.but(updates=trial, batch=rows, **cheap, **kept)
     ready = stage_of(idle(problem), small, index, None if index == 0 else Idle(problem.student.schedule))
     run = Trainer(ready.stage.student, ready.method, ready.rollin, ready.settings.but(log_every=trial)).fit()

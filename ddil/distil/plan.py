@@ -53,6 +53,8 @@ class WhoseStates(Form):
 class HowLong(Settings):
     """How long, how fast and how safely a stage is trained: the trainer's settings, and what concerns whole runs."""
 
+    updates: Count | tuple[Count, ...] = Field(1000, description="optimiser updates of every stage, or one for each")
+
     checkpoint_every: Natural = Field(500, description="updates between two checkpoints; 0: none")
     watch_every: Natural = Field(
         0, description="updates between looks at the samples' coverage, whose best student is kept; 0: none"
@@ -136,9 +138,11 @@ def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0e237039
 def _log_every(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some twenty lines of the log for a short stage, and at most fifty updates between two."""
-    updates = understand(values.get("updates", 1000), int)
-    return {"log_every": max(1, min(50, updates // 20))} if isinstance(updates, int) and updates > 0 else {}
+    """Some twenty lines of the log for the shortest stage, and at most fifty updates between two."""
+    updates = understand(values.get("updates", 1000), HowLong.model_fields["updates"].annotation)
+    every = updates if isinstance(updates, tuple) else (updates,)
+    whole = every and all(isinstance(number, int) and number > 0 for number in every)
+    return {"log_every": max(1, min(50, min(every) // 20))} if whole else {}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #d13945ee
 class Values(Where, What, HowLong, WhoseStates):
@@ -169,14 +173,24 @@ class Values(Where, What, HowLong, WhoseStates):
         """Steps of teacher and student of each stage."""
         return list(pairwise(self.stages))
 
+    @property
+    def stage_updates(self) -> tuple[int, ...]:
+        """Updates of each stage."""
+        return self.updates if isinstance(self.updates, tuple) else (self.updates,) * len(self.pairs)
+
 # %% ../../nbs/09_distil/03_plan.ipynb #d9bed50e
 class Checked(Values):
     """Values that go together."""
 
     @rule
     def steps(self) -> Iterable[str]:
-        """The stages suit the method."""
-        return _complaint(lambda: check_steps(self.entry, self.stages))
+        """The stages suit the method, and each of them has its updates."""
+        yield from _complaint(lambda: check_steps(self.entry, self.stages))
+        if len(self.stage_updates) != len(self.pairs):
+            yield (
+                f"updates = {list(self.updates)}: {len(self.updates)} numbers for {len(self.pairs)} "
+                f"stage{'s' * (len(self.pairs) != 1)}: give one for each stage, or one for all"
+            )
 
     @rule
     def own_options(self) -> Iterable[str]:
@@ -247,9 +261,13 @@ class Plan(Checked):
         return DDIL(**whose) if any(self.collected) else None
 
     def settings(self, student_steps: int = 0) -> Settings:
-        """The trainer's settings for the stage that makes a student of so many steps; each stage draws of its own."""
+        """The trainer's settings for the stage that makes a student of so many steps (0: the first stage's); each
+        stage draws of its own.
+        """
         seed = int(generator(self.seed, "stage", student_steps).integers(1 << 31))
-        return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, "seed": seed})
+        index = self.stages[1:].index(student_steps) if student_steps in self.stages[1:] else 0
+        own = {"seed": seed, "updates": self.stage_updates[index]}
+        return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, **own})
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser with its clean estimates kept as the plan says."""
@@ -305,7 +323,8 @@ def decisive(plan: Plan) -> dict[str, Any]:
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
     free |= set() if any(plan.collected) else OF_COLLECTED
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
-    return json.loads(json.dumps({**values, **plan.options.model_dump()}))
+    alike = {"updates": plan.stage_updates[0]} if len(set(plan.stage_updates)) == 1 else {}
+    return json.loads(json.dumps({**values, **alike, **plan.options.model_dump()}))
 
 # %% ../../nbs/09_distil/03_plan.ipynb #6ac479a2
 def _complaint(check) -> list[str]:
@@ -447,6 +466,11 @@ PRESETS: dict[str, dict] = {
         capacity=1024,
     ),
 }
+PRESETS["sd15-coco-two-steps"] = {
+    **PRESETS["sd15-coco"],
+    "stages": (64, 32, 16, 8, 4, 2),
+    "updates": (10000, 10000, 10000, 10000, 15000),
+}
 
 # %% ../../nbs/09_distil/03_plan.ipynb #8a777688
 def preset(name: str, /, **changes: Any) -> Plan:
@@ -469,6 +493,8 @@ def preset(name: str, /, **changes: Any) -> Plan:
             known["stages"] = default_stages(method_by_name(changes["method"]), known["stages"][0], known["stages"][-1])
         if method_by_name(changes["method"]).ddil:
             known = {key: value for key, value in known.items() if key not in WhoseStates.model_fields}
+    if isinstance(known.get("updates"), tuple) and {**known, **changes}["stages"] != PRESETS[name]["stages"]:
+        known["updates"] = known["updates"][0]  # of one stage, for the others that are asked for
     return Plan(**_overruled(known, changes))
 
 

@@ -129,10 +129,10 @@ class Served(Counts):
 
     def log(self, name: str) -> dict[str, float]:
         """The shares since the beginning and lately, and those of each phase, if there were several."""
-        lines = self.total(name) | {f"{key} lately": value for key, value in _shares(name, self.recent.sum(0)).items()}
+        lines = self.total(name) | _shares(f"{name} lately", self.recent.sum(0))
         if (self.phases[:, 0] > 0).sum() > 1:
             for start, phase in zip(self.ramp.starts, self.phases):
-                lines |= {f"{key} from update {start}": value for key, value in _shares(name, phase).items()}
+                lines |= _shares(f"{name} from update {start}", phase)
         return lines
 
     def complaints(self, name: str) -> list[str]:
