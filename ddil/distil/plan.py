@@ -11,24 +11,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field
 
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.exact import Gaussian
 from ..diffusion.noise import generator
 from ..diffusion.wrappers import Reflected, Threshold
 from .menu import MENU, Entry, check_steps, default_stages, method_by_name
 from .problem import KINDS_OF_PROBLEM, Kind, kind_by_name
 from ..forms import Count, Form, Natural, Positive, Probability, UnusableValues, rule, understand
 from ..rollins.ddil import DDIL
+from ..solvers import ODE_SOLVERS, walk
 from ..rollins.replay import walks_of
-from ..solvers import ODE_SOLVERS
 from ..training.settings import Settings
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['Pair', 'SMALL', 'OF_COLLECTED', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values', 'Checked', 'Plan',
-           'flat', 'decisive', 'collects', 'preset', 'read_plan', 'write_plan']
+__all__ = ['Pair', 'SolverName', 'SMALL', 'OF_COLLECTED', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values',
+           'Checked', 'Plan', 'flat', 'decisive', 'collects', 'preset', 'read_plan', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 Pair = tuple[Probability, Probability]
@@ -62,6 +64,9 @@ class HowLong(Settings):
     seed: Natural = Field(0, description="of everything that is drawn")
 
 # %% ../../nbs/09_distil/03_plan.ipynb #0b9288ea
+SolverName = Literal[tuple(ODE_SOLVERS)]  # type: ignore
+
+
 class What(Form):
     """What is trained, and how its estimates are kept."""
 
@@ -71,11 +76,15 @@ class What(Form):
     rank: Count = Field(64, description="of adapters")
     alpha: float | None = Field(None, gt=0, description="adapters are scaled by alpha / rank; none: by 1")
     reflection: Literal["off", "static", "dynamic"] = Field(
-        "off", description="how clean estimates are kept within the bound"
+        "static", description="how clean estimates of teacher and student are kept within the bound"
     )
-    bound: Positive = Field(1.0, description="of reflection")
-    # type: ignore
-    teacher_solver: Literal[tuple(ODE_SOLVERS)] = Field("ddim", description="that the first teacher walks with")
+    bound: Positive | Literal["measured"] = Field(
+        "measured", description="of reflection: a number, or measured on the problem's data"
+    )
+    teacher_solver: SolverName = Field("ddim", description="that the first teacher walks with")
+    sampler: SolverName | None = Field(
+        None, description="that students are sampled with, however they are trained; none: the method's own"
+    )
 
 
 class Where(Form):
@@ -94,7 +103,6 @@ SMALL = {
     "stages": (16, 8, 4, 2, 1),
     "output": "runs/distil",
     "ema": 0.99,
-    "reflection": "static",
 }  # where no problem says better
 
 
@@ -113,8 +121,14 @@ def _sorted_out(values: Mapping[str, Any]) -> tuple[Entry, Kind | None, dict[str
                 f"{form.__name__} has options of the names {', '.join(both)}, which plans have already: rename them"
             )
         own = {name: values.pop(name) for name in form.model_fields if name in values}
-        values[key] = _understood(form, {**(values.get(key) or {}), **own})
+        suited = _of_form(form, kind)
+        values[key] = _understood(form, {**suited, **(values.get(key) or {}), **own})
     return entry, kind, values
+
+
+def _of_form(form: type[Form], kind: Kind | None) -> dict[str, Any]:
+    """The defaults of a kind of problem that are options of a form."""
+    return {name: value for name, value in (kind.defaults if kind else {}).items() if name in form.model_fields}
 
 
 def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _understood(form: type[Form], values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults(entry: Entry, kind: Kind | None) -> dict[str, Any]:
     """What the problem, and over it the method's paper, give where a plan says nothing."""
-    known = dict(kind.defaults if kind else SMALL)
+    known = _of_form(Plan, kind) if kind else dict(SMALL)
     if entry.steps != "halving":
         known["stages"] = default_stages(entry, known["stages"][0], 4)
     if entry.ddil:
@@ -191,6 +205,21 @@ class Checked(Values):
                 f"updates = {list(self.updates)}: {len(self.updates)} numbers for {len(self.pairs)} "
                 f"stage{'s' * (len(self.pairs) != 1)}: give one for each stage, or one for all"
             )
+
+    @rule
+    def sampled(self) -> Iterable[str]:
+        """The students can be sampled with the sampler that is asked for."""
+        own = self.entry.solver
+        if self.sampler and own not in ODE_SOLVERS:
+            yield f"sampler = {self.sampler!r}: students of {self.method} are sampled with {own!r} alone: leave it out"
+        elif self.sampler:
+            for steps in sorted({*self.stages[1:]}):
+                yield from (f"sampler = {self.sampler!r}: {text}" for text in _complaint(lambda: self._try(steps)))
+
+    def _try(self, steps: int) -> None:
+        """Sample a point in so many steps. Raises ValueError if the sampler cannot."""
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        list(walk(Gaussian(), torch.zeros(1, 1), grid, solver=ODE_SOLVERS[self.sampler]))
 
     @rule
     def own_options(self) -> Iterable[str]:
@@ -270,8 +299,15 @@ class Plan(Checked):
         return Settings(**{**{name: getattr(self, name) for name in Settings.model_fields}, **own})
 
     def reflect(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with its clean estimates kept as the plan says."""
-        return denoiser if self.reflection == "off" else Reflected(denoiser, Threshold(self.reflection, self.bound))
+        """The denoiser with its clean estimates kept as the plan says.
+
+        Raises ValueError while the bound is still to be measured.
+        """
+        if self.reflection == "off":
+            return denoiser
+        if self.bound == "measured":
+            raise ValueError("bound = 'measured': of which problem? settled(problem, plan) is the plan with a number")
+        return Reflected(denoiser, Threshold(self.reflection, self.bound))
 
     def but(self, **changes: Any) -> Plan:
         """The same plan with some values changed; values that only made sense with a removed one are removed, too."""
@@ -284,6 +320,10 @@ class Plan(Checked):
     def flat(self) -> dict[str, Any]:
         """All values as they are written in a file."""
         return flat(self)
+
+    def sampler_of(self, entry: Entry) -> str:
+        """The name of the solver that a student of an entry is sampled with."""
+        return self.sampler or entry.solver
 
 # %% ../../nbs/09_distil/03_plan.ipynb #48839c4a
 def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -321,6 +361,8 @@ def decisive(plan: Plan) -> dict[str, Any]:
         "method_options",
     } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
+    free |= {"bound"} if plan.reflection == "off" else set()
+    free |= {"sampler"} if plan.sampler in (None, plan.entry.solver) else set()
     free |= set() if any(plan.collected) else OF_COLLECTED
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
     alike = {"updates": plan.stage_updates[0]} if len(set(plan.stage_updates)) == 1 else {}
@@ -364,7 +406,7 @@ def _ignored(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
             for name in ("alpha",)
             if values.get(name) is not None
         )
-    if values.get("reflection", _defaults(entry, kind).get("reflection", "off")) == "off" and "bound" in values:
+    if understand(values.get("reflection"), What.model_fields["reflection"].annotation) == "off" and "bound" in values:
         yield f"bound = {values['bound']!r}: only reflection has one: add reflection = 'static', or leave it out"
 
 # %% ../../nbs/09_distil/03_plan.ipynb #96d218e6
