@@ -767,6 +767,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                   'ddil.distil.menu.default_stages': ('09_distil/menu.html#default_stages', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.ends_above_zero': ('09_distil/menu.html#ends_above_zero', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.enter': ('09_distil/menu.html#enter', 'ddil/distil/menu.py'),
+                                  'ddil.distil.menu.enter_installed': ('09_distil/menu.html#enter_installed', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.flow_states': ('09_distil/menu.html#flow_states', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.least_and_most': ('09_distil/menu.html#least_and_most', 'ddil/distil/menu.py'),
                                   'ddil.distil.menu.matched': ('09_distil/menu.html#matched', 'ddil/distil/menu.py'),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,7 +49,8 @@ __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WA
            'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Nodes', 'least_and_most', 'nodes',
            'Walked', 'on_nodes', 'with_analytic_step', 'own_walk', 'walked', 'Followed', 'Compared', 'FollowedL2',
            'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training', 'Matched',
-           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial', 'menu_text']
+           'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
+           'enter_installed', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -981,6 +983,15 @@ enter(
         networks=("discriminator",),
     )
 )
+
+# %% ../../nbs/09_distil/01_menu.ipynb #e27e1a01
+def enter_installed() -> None:
+    """Import the modules that installed packages name under "ddil.methods"; they enter what they have."""
+    for point in entry_points(group="ddil.methods"):
+        point.load()
+
+
+enter_installed()
 
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
 def menu_text() -> str:
