@@ -1079,6 +1079,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ddil', 'doc_host': '', 'gi
                                 'ddil.lab.frame.Experiment.__init__': ('10_lab/frame.html#experiment.__init__', 'ddil/lab/frame.py'),
                                 'ddil.lab.frame.Experiment.finish': ('10_lab/frame.html#experiment.finish', 'ddil/lab/frame.py'),
                                 'ddil.lab.frame.Experiment.place': ('10_lab/frame.html#experiment.place', 'ddil/lab/frame.py'),
+                                'ddil.lab.frame.Experiment.results_of': ('10_lab/frame.html#experiment.results_of', 'ddil/lab/frame.py'),
                                 'ddil.lab.frame.Experiment.save': ('10_lab/frame.html#experiment.save', 'ddil/lab/frame.py'),
                                 'ddil.lab.frame.Experiment.sweep': ('10_lab/frame.html#experiment.sweep', 'ddil/lab/frame.py'),
                                 'ddil.lab.frame.Experiment.table': ('10_lab/frame.html#experiment.table', 'ddil/lab/frame.py'),

@@ -19,6 +19,17 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"atoms_updates": 5},
         {"samples": 72},
     ),
+    "distribution_matching": (
+        {"methods": "unbiased score", "budget": 1000, "batch": 16, "seeds": [0, 1], "samples": 40},
+        {"mixture_learning_rate": 1e-3},
+        {"samples": 44},
+    ),
+    "trajectory_methods": (
+        {"problems": "mixture", "methods": "naive", "steps": [1, 2], "budget": 1000, "batch": 16, "seeds": [0, 1]}
+        | {"samples": 40},
+        {"mixture_learning_rate": 1e-3},
+        {"samples": 44},
+    ),
 }
 CLOCK = "seconds"  # what no two runs share
 

@@ -197,7 +197,7 @@ def test_the_experiment_with_every_method(tmp_path: Path) -> None:
         rows["teacher", 4, "endpoint error (mixture)"]["mean"] < rows["teacher", 1, "endpoint error (mixture)"]["mean"]
     )
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
-    assert len(kept) == 8
+    assert len(kept) == 2 * 9
     assert not alone(run_experiment, ROOT / "experiments/trajectory_methods.ipynb", {**parameters, "seeds": [0]})
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "passes").glob("*.json")}
     assert "did you mean consistency?" in alone(

@@ -406,7 +406,11 @@ def on_flow_grid(
 ) -> Teacher:
     """The teacher on equal steps of a flow."""
     return Teacher(
-        denoiser, torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64), steps[0] // steps[1], rest["solver"]
+        denoiser,
+        torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64),
+        steps[0] // steps[1],
+        rest["solver"],
+        rest["look"],
     )
 
 

@@ -226,6 +226,24 @@ class Experiment:
         arms = [entry for entry in self.results["rows"] if not entry["arm"].startswith(DIFFERENCE)]
         return results_table({**self.results, "rows": arms}, metric_name(metric, group), digits, **how)
 
+    def results_of(self, notebook: str, name: str, **parameters: Any) -> dict[str, Any]:
+        """The results of another experiment, run with these parameters in a folder of this run that belongs to them,
+        where it goes on if it was interrupted.
+        """
+        import papermill
+
+        place = self.place(name, notebook=notebook, **parameters)
+        papermill.execute_notebook(
+            f"experiments/{notebook}.ipynb",
+            str(place / f"{notebook}.ipynb"),
+            parameters={**parameters, "output": str(place)},
+            kernel_name="python3",
+            cwd=".",
+            progress_bar=False,
+            log_output=False,
+        )
+        return read_results(place)
+
     def save(self, figure: Figure, name: str, dpi: int = 130) -> None:
         """Keep a figure in the run's folder and show it."""
         from IPython.display import display
