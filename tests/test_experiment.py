@@ -267,8 +267,8 @@ def test_the_experiment_on_sfd(tmp_path: Path) -> None:
     assert cost["SFD", "labels)"] == cost["forward", "labels)"] == 4 * 6 * (4 + 1)
 
 
-def test_any_experiment_refuses_an_unknown_solver(tmp_path: Path) -> None:
-    """The teacher's solver is one parameter; a wrong name is refused before anything is computed."""
+def test_experiments_refuse_an_unknown_solver(tmp_path: Path) -> None:
+    """Where the solver of the teacher is a parameter, a wrong name is refused before anything is computed."""
     for notebook in ("ddil", "teacher"):
         assert "did you mean heun?" in alone(
             run_experiment, ROOT / f"experiments/{notebook}.ipynb", {"solver": "heum", "output": str(tmp_path)}
