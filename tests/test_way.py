@@ -5,8 +5,10 @@ a fixed point would not see the difference.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -23,7 +25,11 @@ from ddil.measure.images import NetworkFeatures
 from ddil.measure.imitation import error_in_batches
 from ddil.measure.protocols import Reference, judge
 from ddil.models.unet import ClassDenoiser
+from ddil.rollins.data import TensorData
+from ddil.rollins.forward import ConditionDropout, Forward
+from ddil.rollins.states import Origin, States, cat_states
 from ddil.rollins.teacher import Teacher
+from ddil.rollins.walk import Walk
 from ddil.solvers import (
     AnalyticFirstStep,
     Memory,
@@ -303,6 +309,140 @@ def test_a_second_order_step_by_hand() -> None:
     there = (inside - denoiser(inside, u)) / middle
     expected = z + (end - begin) * ((1 - 1 / (2 * r)) * slope + there / (2 * r))
     torch.testing.assert_close(dpm_solver_2(denoiser, z, t, s, r=r), expected)
+
+
+# Roll-ins
+
+GRID = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64)
+
+
+class Coupled(TensorData):
+    """Samples that say their number, with as many conditions, and noises that say it, too."""
+
+    def __init__(self, n: int):
+        number = torch.arange(float(n))[:, None]
+        super().__init__(number, number)
+
+    def noise(self, rows: np.ndarray) -> Tensor:
+        return 100 + torch.from_numpy(rows).float()[:, None]
+
+
+def test_forward_states_keep_sample_noise_and_condition_together() -> None:
+    """z = alpha x + sigma eps of one row, whose condition it is; at t = 1 the noise itself, at its scale. Only where a
+    step leads from there to 0 is the sample the answer."""
+    for schedule in SCHEDULES.values():
+        for grid in (GRID, torch.tensor([1.0, 0.0], dtype=torch.float64)):
+            states = Forward(Coupled(9), schedule, grid, 3).sample(9, 0)
+            torch.testing.assert_close(states.cond, states.x)
+            alpha, sigma = (part.float()[:, None] for part in schedule.alpha_sigma(states.t))
+            expected = alpha * states.x + sigma * (100 + states.x)
+            start = (states.t == 1)[:, None]
+            expected = torch.where(start, schedule.prior_scale() * (100 + states.x), expected)
+            torch.testing.assert_close(states.z, expected)
+            assert sorted(states.x.flatten().tolist()) == list(range(9))
+            assert states.known.tolist() == [len(grid) == 2] * 9
+            assert start.any()
+
+
+def test_the_seed_orders_the_data() -> None:
+    """Two seeds go through the data in two orders; one seed in one."""
+    orders = [Forward(Coupled(50), Cosine(), GRID, seed).sample(50, 0).x.flatten().tolist() for seed in (0, 1, 0)]
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
+
+
+def test_other_rows_lose_their_condition_in_every_update() -> None:
+    """About a tenth of all pairs of update and row; and not the same rows each time."""
+    dropout = ConditionDropout(Forward(Coupled(40), Cosine(), GRID), lambda cond: cond * 0 - 1, 0.1)
+    lost = torch.stack([(dropout.sample(40, step).cond < 0).flatten() for step in range(30)])
+    assert 0.06 < lost.double().mean() < 0.14
+    assert lost.any(0).sum() > 30
+
+
+def test_a_teacher_answers_under_each_state_s_condition() -> None:
+    """The end of its walk is the condition, for a denoiser that answers with it; asked for the missing labels alone, it
+    leaves the known ones."""
+    teacher = Teacher(Echo(Cosine()), GRID, 4)
+    labels = torch.arange(6.0)[:, None]
+    states = teacher.states_at(0, torch.randn(6, 1), labels, np.full(6, Origin.NOISE))
+    torch.testing.assert_close(teacher.label(states), labels)
+    known = np.array([True, False, False, True, False, True])
+    some = replace(states, teacher_z=torch.full((6, 1), -5.0), known=known)
+    expected = torch.where(torch.from_numpy(known)[:, None], -5.0, labels)
+    torch.testing.assert_close(teacher.label(some), expected)
+
+
+def numbered(begin: int, end: int) -> States:
+    """States that say their number in every part."""
+    number = torch.arange(begin, end)
+    values = number.float()[:, None]
+    cond = {"embeddings": values, "class": number}
+    origin = number.numpy() % 4
+    return States(values, number.double() / 10, number.double() / 20, cond, origin, values, values, origin > 1)
+
+
+def assert_numbered(states: States, numbers: list[int]) -> None:
+    """Every part of each row says its number."""
+    for name, value in numbered(0, 10).flat().items():
+        torch.testing.assert_close(states.flat()[name], value[numbers], msg=name)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_rows_stay_rows(plain: bool) -> None:
+    """Parts put together, picked and sliced keep all that belongs to a state in one row."""
+    parts = [numbered(0, 3), numbered(3, 10)]
+    together = cat_states(parts)
+    assert_numbered(together, list(range(10)))
+    assert_numbered(together[np.array([7, 2, 2, 9])], [7, 2, 2, 9])
+    assert_numbered(together[4:6], [4, 5])
+    if plain:
+        alone = cat_states([replace(part, cond=part.cond["class"]) for part in parts])
+        assert alone.cond.tolist() == list(range(10))
+
+
+class Steps(Still):
+    """A student that is told its number of steps."""
+
+    inputs = ("steps",)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_walk_tells_its_number_of_steps(stride: int) -> None:
+    """As many as the student makes to the end of the grid."""
+    walk = Walk(Steps(Cosine()), Teacher(Still(Cosine()), GRID, stride), (1,))
+    for update in range(3):
+        assert walk.sample(2, update).cond["steps"].tolist() == [4 / stride] * 2
+
+
+@pytest.mark.parametrize("driver", ["student", "teacher"])
+def test_a_walk_goes_on_under_its_conditions(driver: str) -> None:
+    """From node to node the estimate is the condition, so that each row is on the line from its noise to it."""
+    data = Coupled(12)
+    data.noise = None
+    walk = Walk(Echo(Cosine()), Teacher(Echo(Cosine()), GRID, 1), (1,), data, driver=driver)
+    first = walk.sample(5, 0)
+    for update in range(1, 4):
+        states = walk.sample(5, update)
+        torch.testing.assert_close(states.cond, first.cond)
+        alpha, sigma = Cosine().alpha_sigma(GRID[update].item())
+        torch.testing.assert_close(states.z, alpha * first.cond + sigma * first.z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("labeller", ["trajectory", "teacher"])
+def test_a_walk_resumes_at_its_node(labeller: str) -> None:
+    """It goes on with the next node of the same walk, and with the teacher's states there."""
+    make = lambda: Walk(Still(Cosine(), 0.2), Teacher(Still(Cosine()), GRID, 1), (1,), labeller=labeller)
+    whole = make()
+    expected = [whole.sample(3, update).flat() for update in range(6)]
+    for stop in range(1, 6):
+        first, second = make(), make()
+        for update in range(stop):
+            first.sample(3, update)
+        second.load_state_dict(first.state_dict())
+        states = second.sample(3, stop).flat()
+        assert states.keys() == expected[stop].keys()
+        for name, value in states.items():
+            torch.testing.assert_close(value, expected[stop][name], msg=f"{name} after {stop}")
 
 
 # Measures
