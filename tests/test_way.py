@@ -27,6 +27,7 @@ from ddil.measure.protocols import Reference, judge
 from ddil.models.unet import ClassDenoiser
 from ddil.rollins.data import TensorData
 from ddil.rollins.forward import ConditionDropout, Forward
+from ddil.rollins.rollout import Rollout
 from ddil.rollins.states import Origin, States, cat_states
 from ddil.rollins.teacher import Teacher
 from ddil.rollins.walk import Walk
@@ -443,6 +444,42 @@ def test_a_walk_resumes_at_its_node(labeller: str) -> None:
         assert states.keys() == expected[stop].keys()
         for name, value in states.items():
             torch.testing.assert_close(value, expected[stop][name], msg=f"{name} after {stop}")
+
+
+@EVERY_SCHEDULE
+def test_roll_outs_begin_with_noise_sample_and_condition_of_one_row(schedule: Schedule) -> None:
+    """The noise at its scale, which the data couple with the sample."""
+    student = Still(schedule)
+    states = Rollout(student, Teacher(Still(schedule), GRID, 4), (1,), Coupled(30)).sample(8, 0)
+    assert states.t.tolist() == [1.0] * 8
+    torch.testing.assert_close(states.z, (100 + states.x) * schedule.prior_scale())
+    torch.testing.assert_close(states.cond, states.x)
+    assert states.x.unique().numel() > 4
+
+
+@pytest.mark.parametrize(("stride", "look"), [(4, 2), (4, 1), (2, 1)])
+def test_roll_outs_stop_where_labels_begin(stride: int, look: int) -> None:
+    """At the nodes of the label's grid, all of them, with the label `look` of the teacher's steps on."""
+    teacher = Teacher(Still(Cosine()), GRID, stride, look=look)
+    rollout = Rollout(Still(Cosine()), teacher, (1,), beta=0.5, mixing="sample")
+    seen = set()
+    for update in range(30):
+        states = rollout.sample(4, update)
+        places = [GRID.tolist().index(t) for t in states.t.tolist()]
+        assert states.s.tolist() == [GRID[place + look] for place in places]
+        torch.testing.assert_close(states.teacher_z, teacher.advance(states.z, states.t))
+        seen |= set(places)
+    assert seen == set(range(0, 4, look))
+
+
+def test_who_drives_does_not_change_a_row_s_noise() -> None:
+    """The rows that the student moved go where they go if it moves all of them."""
+    student, teacher = Still(Cosine(), 0.0), Teacher(Still(Cosine()), GRID, 1)
+    options = {"mixing": "sample", "solver": consistency}
+    some, every = (Rollout(student, teacher, (1,), beta=beta, **options).trajectories(64, 0) for beta in (0.5, 1.0))
+    by_student = some[1].origin == Origin.STUDENT
+    assert 10 < by_student.sum() < 54
+    torch.testing.assert_close(some[1][np.flatnonzero(by_student)].z, every[1][np.flatnonzero(by_student)].z)
 
 
 # Measures
