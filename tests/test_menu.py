@@ -35,10 +35,12 @@ from ddil.forms import Form, UnusableValues
 from ddil.methods.base import Method
 from ddil.methods.regression import Regression
 from ddil.rollins.data import TensorData
+from ddil.solvers import ddim
 from ddil.solvers.sampler import Sampler
 from ddil.training.journal import read_log
 
-STAGES = {"halving": (4, 2), "once": (4, 2), "again": (8, 4, 2), "one": (4, 1), "same": (4, 4), "reflow": (4, 4, 1)}
+STAGES = {"halving": (4, 2), "once": (4, 2), "again": (8, 4, 2), "among": (4, 2)}
+STAGES |= {"one": (4, 1), "same": (4, 4), "reflow": (4, 4, 1)}
 LORA = {"adapters": "lora", "rank": 2}
 ATOMS = {"problem": "atoms", "count": 40, "width": 16, "depth": 1}
 
@@ -146,6 +148,24 @@ def test_a_student_that_is_there_is_not_trained_again(name: str, run_of: Callabl
     assert [key for key in weights if not torch.equal(weights[key], again[key])] == []
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_encoder_is_kept(problem: str, run_of: Callable[[str, str], dict[str, Any]]) -> None:
+    """It lies beside the student, loads, and takes samples up the student's grid, each row under its condition."""
+    values = run_of(problem, "there-and-back")
+    place = Path(values["output"]) / "4-to-2"
+    student, encoder = Sampler.load(place / "student"), Sampler.load(place / "encoder")
+    assert torch.equal(encoder.grid, student.grid)
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(innermost(encoder.denoiser).parameters(), innermost(student.denoiser).parameters())
+    )
+    labels = None if problem == "atoms" else torch.tensor([3, 8])
+    z = student.sample(range(2), labels)
+    noise, (low, middle, high) = encoder.invert(z, labels), encoder.grid.flip(0).tolist()
+    by_hand = ddim(encoder.denoiser, ddim(encoder.denoiser, z, low, middle, labels), middle, high, labels)
+    torch.testing.assert_close(noise, by_hand)
+
+
 # A text-to-image model
 
 REFUSED = {"unbiased-score": "conditions that many samples share", "add": "a network that a judge may look through"}
@@ -153,6 +173,7 @@ INPUTS = {"ctm": "adapters on a shared network take no further inputs"}
 SAVED = {
     "reflow": "a Rescheduled wrapper",
     "instaflow": "a Rescheduled wrapper",
+    "tcd": "a student sampled with 'tcd' cannot leave",
     "ctm": "further inputs, end",
     "there-and-back": "and the student at t = ",
 }

@@ -20,6 +20,7 @@ from ..diffusion.wrappers import Guided
 from .plan import Plan
 from .problem import Problem
 from .stages import Ready, check, settled, stage_of
+from ..rollins.teacher import spread_places
 from ..solvers import sample
 from ..solvers.sampler import Sampler
 from ..training.settings import Settings
@@ -138,19 +139,22 @@ class Bought:
     def takes(self, steps: int) -> bool:
         """Whether the student may be sampled in so many steps."""
         teacher, entry = self.ready.stage.teacher, self.ready.entry
+        if entry.steps == "among":
+            return steps < len(teacher.grid)
         any_divisor = entry.steps in ("once", "same") and (len(teacher.grid) - 1) % steps == 0
         return any_divisor or steps == len(teacher.student_grid) - 1
 
     def sampler(self, steps: int) -> Sampler:
         """The student with so many steps of its teacher's grid."""
         stage, entry = self.ready.stage, self.ready.entry
-        grid = stage.teacher.grid[:: (len(stage.teacher.grid) - 1) // steps]
+        grid = stage.teacher.grid[spread_places(len(stage.teacher.grid) - 1, steps)]
         return Sampler(
             entry.finished(self.student, steps, self.guidance_scale),
             grid,
             stage.shape,
             self.ready.sampler,
             self.guidance_scale,
+            solver_options=self.ready.sampling,
         )
 
 # %% ../../nbs/09_distil/05_budget.ipynb #cf4da106

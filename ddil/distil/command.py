@@ -76,6 +76,8 @@ def distil_options(command: argparse.ArgumentParser) -> None:
     """A file with a plan, a preset, and everything that a plan may say; a truth value may stand alone."""
     command.add_argument("file", nargs="?", help="a YAML or JSON file with a plan")
     command.add_argument("--preset", metavar="NAME", help=f"a plan to begin with: {', '.join(PRESETS)}")
+    text = "the numbers of the method's paper, where ours are others (`ddil methods` shows both)"
+    command.add_argument("--as-published", action="store_const", const=True, help=text)
     groups, known = _plan_groups(), set(Plan.model_fields)
     groups |= _own_groups("problem", {kind.name: kind.form for kind in KINDS_OF_PROBLEM.values()}, known)
     known |= {name for options in groups.values() for name in options}

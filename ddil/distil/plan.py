@@ -30,7 +30,7 @@ from ..words import did_you_mean
 
 # %% auto #0
 __all__ = ['Pair', 'SolverName', 'SMALL', 'OF_COLLECTED', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'Values',
-           'Checked', 'Plan', 'flat', 'decisive', 'collects', 'preset', 'read_plan', 'write_plan']
+           'Checked', 'Plan', 'flat', 'decisive', 'collects', 'preset', 'read_plan', 'as_published', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 Pair = tuple[Probability, Probability]
@@ -247,6 +247,16 @@ class Checked(Values):
             yield (
                 f"capacity = {self.capacity}: cannot hold the roll-outs that are begun at a time: choose {most} or "
                 "more, or a smaller batch"
+            )
+
+    @rule
+    def risen(self) -> Iterable[str]:
+        """The rate has risen before a stage ends."""
+        least = min(self.stage_updates, default=0)
+        if self.warm_up and self.warm_up >= least:
+            yield (
+                f"warm_up = {self.warm_up}: a stage has {least} updates, so that the rate would never be "
+                "reached: choose fewer, or more updates"
             )
 
     @rule
@@ -553,6 +563,8 @@ def _overruled(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
     """The plan of a YAML or JSON file, which may name a preset, with some changes. Raises UnusableValues,
     FileNotFoundError.
+
+    `as_published` among the values: the numbers of the method's paper, over the preset's and under those that are said.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -570,7 +582,16 @@ def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
             )
     values = _overruled({str(name): value for name, value in values.items()}, changes)
     name = values.pop("preset", None)
+    if understand(values.pop("as_published", False), bool):
+        values = {**as_published(values.get("method", PRESETS.get(name, {}).get("method", "progressive"))), **values}
     return preset(name, **values) if name else Plan(**values)
+
+
+def as_published(method: str) -> dict[str, Any]:
+    """What a method's paper says instead of our defaults, as values of a plan. Raises UnusableValues."""
+    if faults := _complaint(lambda: method_by_name(method)):
+        raise UnusableValues("the plan", faults)
+    return dict(method_by_name(method).published)
 
 
 def write_plan(plan: Plan) -> str:

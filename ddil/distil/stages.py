@@ -37,7 +37,7 @@ from ..solvers import sample, solver_by_name
 from ..solvers.sampler import Sampler
 from ..training.best import Watch
 from ..training.launch import launch
-from ..training.parallel import make_accelerator
+from ..training.parallel import filled, form_of, make_accelerator
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 from ..words import progress
@@ -180,6 +180,11 @@ class Ready:
         return {name: copy.deepcopy(self.stage.student).eval().requires_grad_(False) for name in self.method.followers}
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of that solver: the entry's, if it is the entry's own."""
+        return self.entry.sampling(self.stage.options) if self.sampler == self.entry.solver else {}
+
+    @property
     def grid(self) -> Tensor:
         """The times at which the student is sampled."""
         return self.stage.teacher.student_grid
@@ -258,7 +263,7 @@ def stage_of(
         source,
         None if entry.ddil else plan.ddil,
         plan.options,
-        entry.solver,
+        entry.step(plan.options),
         _beginner(base, plan),
         plan.adapters == "lora",
         problem.features,
@@ -306,7 +311,8 @@ def watch_of(plan: Plan, ready: Ready, data, scale: float | None = None, count: 
         raise ValueError(
             "watch_every compares samples with the data's pictures, and this data has captions alone: set it to 0"
         )
-    cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.sampler)
+    cond = map_cond(lambda c: c.to(stage.student.device), cond)
+    solver = solver_by_name(ready.sampler, **ready.sampling)
 
     def figures(student: Denoiser) -> dict[str, float]:
         student = ready.entry.finished(student, len(ready.grid) - 1, scale)
@@ -379,6 +385,7 @@ def train_stage(
     shard = Shard(accelerator.process_index, accelerator.num_processes)
     ready = stage_of(problem, plan, index, before, shard, place)
     make_ready(plan, ready)
+    forms = {name: form_of(ready.method.networks[name]) for name in ready.entry.beside}
     steps = plan.pairs[index]
     text = f"{plan.method}, {steps[0]} to {steps[1]} steps"
     trainer = Trainer(
@@ -396,10 +403,13 @@ def train_stage(
         write_text(place.parent / "plan.yaml", write_plan(plan))
     trainer.fit()
     sampler = sampler_of(problem, plan, ready, trainer, text)
+    others = {name: _whole(form, trainer, name) for name, form in forms.items()}
     if accelerator.is_main_process:
         if plan.adapters == "lora" and index == 0:
             _leave_adapters(sampler, problem, place / "lora")
         sampler.save(place / "student")
+        for name, network in others.items():
+            replace(sampler, denoiser=network, solver="ddim", solver_options={}, guidance_scale=None).save(place / name)
         if trainer.watch is not None:
             best = ready.entry.finished(trainer.best(), steps[1], problem.guidance_scale)
             replace(
@@ -407,6 +417,13 @@ def train_stage(
             ).save(place / "best")
     accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
+
+
+def _whole(form: Denoiser, trainer: Trainer, name: str) -> Denoiser:
+    """A copy of a network that learned beside the student, in evaluation mode, whole on each process (all must ask)."""
+    network = trainer.learners.networks[name]
+    tensors = {key: trainer.distribution.gathered(value) for key, value in network.state_dict().items()}
+    return filled(form, tensors, network.device)
 
 
 def _leave_adapters(sampler: Sampler, problem: Problem, folder: Path) -> None:
@@ -448,7 +465,7 @@ def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, tex
     }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
     scale = taught_scale(problem, plan)
-    return Sampler(student, ready.grid, problem.shape, ready.sampler, scale, provenance)
+    return Sampler(student, ready.grid, problem.shape, ready.sampler, scale, provenance, ready.sampling)
 
 
 def load_stage(place: Path, identity: dict[str, Any], device: torch.device) -> Sampler:

@@ -19,8 +19,8 @@ from ..diffusion.denoiser import Cond, cat_cond, split_inputs
 
 # %% auto #0
 __all__ = ['ADVERSARIAL_LOSSES', 'AdversarialLoss', 'adversarial_loss_by_name', 'pull', 'drift', 'Features', 'by_position',
-           'LayerFeatures', 'DINOv2', 'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'heads_for',
-           'judgement']
+           'LayerFeatures', 'DINOv2', 'spectral_norm', 'Bounded', 'ProjectionHead', 'Heads', 'pooled', 'FeatureJudge',
+           'heads_for', 'judgement']
 
 # %% ../../nbs/04_methods/07_adversary.ipynb #760d1644
 @dataclass(frozen=True)
@@ -284,6 +284,17 @@ def pooled(cond: Cond, width: int) -> Tensor:
     if vector.shape[1] != width:
         raise ValueError(f"this judge is told a condition of width {width}, not {vector.shape[1]}")
     return vector
+
+
+class FeatureJudge(nn.Module):
+    """A judge of samples (n, …): `heads` on what frozen `features` see of them. It answers logits, (n, depths)."""
+
+    def __init__(self, features: Features, heads: Heads):
+        super().__init__()
+        self.heads, self._features = heads, features.features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(self._features(x))
 
 
 def heads_for(

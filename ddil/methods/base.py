@@ -48,14 +48,14 @@ class Method:
     """What is asked at a state. Subclasses define `loss`; those with networks of their own also `networks` and `turns`.
 
     networks: others that learn, by name; the trainer gives each an optimiser and saves both. rates: their learning
-    rates over the student's (1 if not named). followers: decays of networks that follow the student, by name; the
-    trainer makes, moves and saves them, and hands them to the losses. asked: denoisers that are asked and do not learn,
-    by name; their evaluations are counted.
+    rates over the student's (1 if not named). followers: decays of networks that follow the student (numbers, or
+    functions of the update), by name; the trainer makes, moves and saves them, and hands them to the losses. asked:
+    denoisers that are asked and do not learn, by name; their evaluations are counted.
     """
 
     networks: Networks = {}
     rates: dict[str, float] = {}
-    followers: dict[str, float] = {}
+    followers: dict[str, float | Callable[[int], float]] = {}
     asked: dict[str, Denoiser] = {}
 
     def loss(self, student: nn.Module, states: States, **followers: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,7 +80,8 @@ class Method:
 
     def describe(self) -> dict:
         """What a checkpoint must agree on: the name, the settings that are plain values, the decays of followers."""
-        decays = {f"decay of {name}": decay for name, decay in self.followers.items()}
+        plain = lambda decay: str(decay) if callable(decay) else decay
+        decays = {f"decay of {name}": plain(decay) for name, decay in self.followers.items()}
         return {"method": type(self).__name__, **plain_values(self), **decays}
 
 # %% ../../nbs/04_methods/01_base.ipynb #30e3c7b8

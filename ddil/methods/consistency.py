@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Cond, Denoiser, readable
+from ..diffusion.denoiser import Cond, Denoiser, readable, split_inputs, with_inputs
 from .base import Distance, Method, Networks, Turn, bare, check_distance, distance_between, jump
 from ..diffusion.grids import check_grid
 from ..diffusion.schedule import Schedule
@@ -23,7 +23,8 @@ from ..rollins.states import States
 from ..rollins.teacher import Teacher
 
 # %% auto #0
-__all__ = ['Edges', 'Anywhere', 'Consistency', 'jump_to', 'ConsistencyTraining', 'curriculum', 'RoundTrip', 'BiDirectional']
+__all__ = ['Edges', 'Anywhere', 'Consistency', 'jump_to', 'ConsistencyTraining', 'Curriculum', 'unguided', 'RoundTrip',
+           'BiDirectional']
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #058af9c9
 class Edges:
@@ -84,7 +85,7 @@ class Consistency(Method):
         self,
         teacher: Teacher | None,
         destination: Edges | Anywhere,
-        target: float | None = None,
+        target: float | Curriculum | None = None,
         distance: Distance = "huber",
     ):
         self.teacher, self.destination, self.distance = teacher, destination, check_distance(distance)
@@ -125,8 +126,8 @@ class ConsistencyTraining(Consistency):
         self,
         schedule: Schedule,
         destination: Edges | Anywhere,
-        target: float | None = None,
-        distance: Distance = "norm_huber",
+        target: float | Curriculum | None = None,
+        distance: Distance = "l2",
     ):
         super().__init__(None, destination, target, distance)
         self.line = Denoiser(schedule)  # never asked: the estimate is the data
@@ -140,41 +141,75 @@ class ConsistencyTraining(Consistency):
         return ddim_update(self.line, states.z, states.x, states.t, states.s)
 
 
-def curriculum(update: int, updates: int, first: int = 2, last: int = 150) -> int:
-    """The number of points of consistency training's grid at an update (Song et al. 2023, appendix C)."""
-    return math.ceil(math.sqrt(update / updates * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
+@dataclass(frozen=True)
+class Curriculum:
+    """Consistency training's grid and target by the update (Song et al. 2023, appendix C).
+
+    The grid has `first` points at the first of `updates` and `last` + 1 at the end. The target's decay is `decay` where
+    the grid has as many points as at first, and nearer to 1 on finer ones.
+    """
+
+    updates: int
+    first: int = 2
+    last: int = 150
+    decay: float = 0.9
+
+    def points(self, update: int) -> int:
+        """N(k): the number of points."""
+        square = update / self.updates * ((self.last + 1) ** 2 - self.first**2) + self.first**2
+        return math.ceil(math.sqrt(square) - 1) + 1
+
+    def __call__(self, update: int) -> float:
+        """mu(k) = decay^(first / N(k)): the decay of the target."""
+        return self.decay ** (self.first / self.points(update))
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #b1081ef9
+def unguided(cond: Cond) -> tuple[Cond, Cond]:
+    """What a network that takes a guidance scale is told to go unguided, and what one that takes none is told."""
+    plain, further = split_inputs(cond)
+    if "guidance_scale" not in further:
+        return cond, cond
+    rest = {name: value for name, value in further.items() if name != "guidance_scale"}
+    return with_inputs(plain, guidance_scale=torch.ones_like(further["guidance_scale"]), **rest), plain
+
+
 @dataclass(frozen=True)
 class RoundTrip:
     """Two points of one path, (z, time) each, the edge that one network jumps to from both, and the edge back.
 
-    `ahead` is nearer to `end` than `start`, so that its answer teaches that of `start`.
+    `ahead` is nearer to `end` than `start`, so that its answer teaches that of `start`. cond: what the network is told
+    where it learns; plain: what it and the other are told in the cycle.
     """
 
     start: tuple[Tensor, Tensor]
     ahead: tuple[Tensor, Tensor]
     end: Tensor
     back: Tensor
+    cond: Cond
+    plain: tuple[Cond, Cond]
 
-    def losses(self, network: nn.Module, other: nn.Module, cond: Cond, distance: Distance) -> dict[str, Tensor]:
-        """The segment's consistency, and the cycle: what `other` took to the edge back must be brought to `end`
-        again.
-        """
-        arrival = jump_to(network, *self.start, self.end, cond)
+    def segment(self, network: nn.Module, distance: Distance) -> tuple[Tensor, Tensor]:
+        """The consistency of the two jumps, and where the network arrived, (n, …)."""
+        arrival = jump_to(network, *self.start, self.end, self.cond)
         with torch.no_grad():
-            target = jump_to(bare(network), *self.ahead, self.end, cond)
-            away = jump_to(bare(other), arrival, self.end, self.back, cond)
-        segment = distance_between(distance, arrival, target).mean()
-        again = jump_to(network, away, self.back, self.end, cond)
-        return {"segment": segment, "cycle": distance_between(distance, again, arrival.detach()).mean()}
+            target = jump_to(bare(network), *self.ahead, self.end, self.cond)
+        return distance_between(distance, arrival, target).mean(), arrival.detach()
+
+    def cycle(self, network: nn.Module, other: nn.Module, arrival: Tensor, distance: Distance) -> Tensor:
+        """What `other` took to the edge back must be brought to `end` again."""
+        own, others = self.plain
+        with torch.no_grad():
+            here = arrival if own is self.cond else jump_to(bare(network), *self.start, self.end, own)
+            away = jump_to(bare(other), here, self.end, self.back, others)
+        return distance_between(distance, jump_to(network, away, self.back, self.end, own), here).mean()
 
 # %% ../../nbs/04_methods/04_consistency.ipynb #57d9e1b1
 class BiDirectional(Method):
     """A decoder (the student) from each edge to the next cleaner one, an encoder the other way, and their two cycles.
 
     The last of the `edges` must be above 0, where the way back has no beginning: else ValueError. weight: of the
-    cycles. Starodubcev et al. 2024.
+    cycles (0: there are none). away: who teaches the encoder (None: the same teacher); as published it is the unguided
+    one, while the decoder takes a guidance scale, which is 1 in the cycles. Starodubcev et al. 2024.
     """
 
     def __init__(
@@ -184,6 +219,7 @@ class BiDirectional(Method):
         encoder: Denoiser,
         weight: float = 1.5,
         distance: Distance = "huber",
+        away: Teacher | None = None,
     ):
         self.edges = check_grid(torch.as_tensor(edges, dtype=torch.float64))
         if self.edges[-1] <= 0:
@@ -192,6 +228,7 @@ class BiDirectional(Method):
                 "let the grid end at a small time above it"
             )
         self.teacher, self.weight, self.distance = teacher, float(weight), check_distance(distance)
+        self.away, self.taught_apart = away, away is not None
         self.down, self.networks, self.asked = Edges(self.edges), {"encoder": encoder}, {"teacher": teacher.denoiser}
         self.ends = str(self.down)
 
@@ -200,15 +237,26 @@ class BiDirectional(Method):
 
     def turn_loss(self, name: str, networks: Networks, states: States) -> tuple[Tensor, dict[str, Tensor]]:
         """The segment's loss and the cycle of one of the two networks."""
-        later, clean = self.teacher.label(states), self.down(states.t, states.s)
+        clean = self.down(states.t, states.s)
+        noisy, plain = self._above(clean), unguided(states.cond)
+        start, ahead = (states.z, states.t), (self._later(name, states, plain[1]), states.s)
+        if name == "student":
+            trip, other = RoundTrip(start, ahead, clean, noisy, states.cond, plain), "encoder"
+        else:
+            trip, other = RoundTrip(ahead, start, noisy, clean, plain[1], plain[::-1]), "student"
+        segment, arrival = trip.segment(networks[name], self.distance)
+        if self.weight == 0:
+            return segment, {"segment": segment}
+        cycle = trip.cycle(networks[name], networks[other], arrival, self.distance)
+        return segment + self.weight * cycle, {"segment": segment, "cycle": cycle}
+
+    def _later(self, name: str, states: States, plain: Cond) -> Tensor:
+        """(n, …): the later point of the path, by this network's teacher."""
+        if name == "encoder" and self.away is not None:
+            return self.away.advance(states.z, states.t, plain)
+        later = self.teacher.label(states)
         states.teacher_z, states.known = later, np.ones(len(states), bool)  # the other turn does not ask again
-        noisy = self._above(clean)
-        start, ahead = (states.z, states.t), (later, states.s)
-        student, encoder = networks["student"], networks["encoder"]
-        trip = RoundTrip(start, ahead, clean, noisy) if name == "student" else RoundTrip(ahead, start, noisy, clean)
-        pair = (student, encoder) if name == "student" else (encoder, student)
-        losses = trip.losses(*pair, states.cond, self.distance)
-        return losses["segment"] + self.weight * losses["cycle"], losses
+        return later
 
     def _above(self, clean: Tensor) -> Tensor:
         """(n,): the noisier edges."""

@@ -27,6 +27,7 @@ MATCHING_WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "normalised": lambda alpha, sigma, distance: 1 / distance.clamp(min=1e-6),
     "score": lambda alpha, sigma, distance: (alpha / sigma) ** 2,
     "variance": lambda alpha, sigma, distance: alpha**2,
+    "noise": lambda alpha, sigma, distance: alpha * sigma,
 }
 
 
@@ -36,7 +37,8 @@ def matching_gradient(
     """(n, …): which way, uphill, the reverse KL grows at samples x, from the posterior means at the noised samples.
 
     "normalised" by the mean absolute distance of each sample from the real estimate (Yin et al. 2023, equation 8);
-    "score": the plain gradient; "variance": that times sigma^2.
+    "score": the plain gradient; "variance": that times sigma^2; "noise": sigma^2 times the difference of the two noise
+    estimates (Poole et al. 2022, whose w(t) is sigma^2).
     """
     distance = (x - real).abs().flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1))
     return (fake - real) * cast(MATCHING_WEIGHTS[weighting](alpha, sigma, distance), x.dtype)

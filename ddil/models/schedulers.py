@@ -19,7 +19,7 @@ from .unet import NetworkDenoiser, TextDenoiser
 from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['PREDICTION_NAMES', 'SCHEDULE_KEYS', 'WALK_KEYS', 'EXPORTED', 'check_keys', 'schedule_of', 'prediction_of',
+__all__ = ['PREDICTION_NAMES', 'SCHEDULE_KEYS', 'WALK_KEYS', 'EXPORTED', 'NOISE_OF', 'check_keys', 'schedule_of', 'prediction_of',
            'noise_correlation', 'check_prediction', 'step_line', 'scheduler_for']
 
 # %% ../../nbs/07_models/02_schedulers.ipynb #8a851b1b
@@ -203,6 +203,14 @@ def _second_order(sampler: Sampler, config: dict) -> SchedulerMixin:
 
 # %% ../../nbs/07_models/02_schedulers.ipynb #381a784a
 EXPORTED = {"ddim": _ddim, "dpm_solver_pp_2m": _second_order, "consistency": _lcm}  # those that diffusers has, too
+NOISE_OF = {"ctm": "gamma", "tcd": "eta"}  # whose steps are DDIM's where this option is 0
+
+
+def _exported_as(sampler: Sampler) -> tuple[str, dict]:
+    """The solver that a sampler's steps are, and its options."""
+    option = NOISE_OF.get(sampler.solver)
+    noiseless = option and sampler.solver_options.get(option) == 0
+    return ("ddim", {}) if noiseless else (sampler.solver, sampler.solver_options)
 
 
 def scheduler_for(sampler: Sampler) -> SchedulerMixin:
@@ -215,17 +223,19 @@ def scheduler_for(sampler: Sampler) -> SchedulerMixin:
             "only text-to-image students on a discrete schedule leave as a pipeline, "
             f"not a {type(base).__name__} on {base.schedule}"
         )
-    if sampler.solver not in EXPORTED:
+    solver, options = _exported_as(sampler)
+    if solver not in EXPORTED:
+        option = f", or choose {NOISE_OF[solver]} = 0" if solver in NOISE_OF else ""
         raise ValueError(
-            f"a student sampled with {sampler.solver!r} cannot leave as a pipeline; "
-            f"{', '.join(map(repr, EXPORTED))} can. Save it with Sampler.save instead"
+            f"a student sampled with {solver!r} cannot leave as a pipeline; "
+            f"{', '.join(map(repr, EXPORTED))} can. Save it with Sampler.save instead{option}"
         )
-    if sampler.solver_options:
+    if options:
         raise ValueError(
-            f"no scheduler of diffusers says {sampler.solver_options} of {sampler.solver!r}: export a student that is "
+            f"no scheduler of diffusers says {options} of {solver!r}: export a student that is "
             "sampled without, or save it with Sampler.save instead"
         )
-    scheduler = EXPORTED[sampler.solver](sampler, {**_betas(base), **_thresholding(sampler)})
+    scheduler = EXPORTED[solver](sampler, {**_betas(base), **_thresholding(sampler)})
     scheduler.set_timesteps(sampler.steps)
     _check_nodes(scheduler, sampler, base.schedule.knots)
     return scheduler

@@ -78,8 +78,8 @@ class Wheel:
 
     def inside(self, here: States, node: int, draws: Draws) -> tuple[States, int]:
         """The state where a label is made, and its place on the teacher's grid: the student's node, or one after it."""
-        stride, look, place = self.teacher.stride, self.teacher.look, node * self.teacher.stride
-        ahead = draws.one_integer(stride // look) * look if look < stride else 0
+        look, (place, end) = self.teacher.look, self.teacher.places[node : node + 2]
+        ahead = draws.one_integer((end - place) // look) * look if look < end - place else 0
         if ahead == 0:
             return here, place
         z = self.teacher.advance(here.z, self.teacher.stops[place], here.cond, _noise(here, draws), ahead)
@@ -93,7 +93,7 @@ class Wheel:
 
     def step(self, here: States, place: int, node: int, by_student: np.ndarray, draws: Draws) -> States:
         """On to the student's next node; the rows that are not `by_student` have their labels."""
-        stops, look, end = self.teacher.stops, self.teacher.look, (node + 1) * self.teacher.stride
+        stops, look, end = self.teacher.stops, self.teacher.look, self.teacher.places[node + 1]
         noise = _noise(here, draws)
 
         def student(z: Tensor, cond: Cond, rows: Tensor | slice) -> Tensor:

@@ -5,7 +5,7 @@
 # %% ../../nbs/03_rollins/02_teacher.ipynb #5c435e15
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,9 +18,31 @@ from .states import States
 from ..solvers import ddim, Memory, Solver
 
 # %% auto #0
-__all__ = ['check_strides', 'Course', 'Teacher']
+__all__ = ['student_places', 'spread_places', 'check_strides', 'Course', 'Teacher']
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #2957f852
+def student_places(steps: int, stride: int | Sequence[int], look: int) -> list[int]:
+    """Where the student's nodes lie among the teacher's: every `stride`-th, or at the places that are given.
+
+    Raises ValueError for a stride that does not divide the teacher's `steps`, for places that do not rise from 0 to
+    `steps`, and where labels of `look` steps do not end at the student's nodes.
+    """
+    if isinstance(stride, int):
+        check_strides(steps, stride, look)
+        return list(range(0, steps + 1, stride))
+    places = list(stride)
+    if places[:1] != [0] or places[-1:] != [steps] or any(a >= b for a, b in zip(places, places[1:])):
+        raise ValueError(f"the student's nodes must rise from 0 to {steps} on the teacher's grid, not {places}")
+    if any(place % look for place in places):
+        raise ValueError(f"labels {look} steps ahead do not end at the student's nodes, {places}")
+    return places
+
+
+def spread_places(steps: int, count: int) -> list[int]:
+    """Places of `count` steps among the teacher's, as evenly as whole numbers allow: 0, 12, 25, 37, 50 for 4 of 50."""
+    return [place * steps // count for place in range(count)] + [steps]
+
+
 def check_strides(steps: int, stride: int, look: int) -> None:
     """Raise ValueError unless `stride` divides the teacher's number of `steps`, and `look` the stride."""
     if stride < 1 or steps % stride:
@@ -32,18 +54,20 @@ def check_strides(steps: int, stride: int, look: int) -> None:
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #1bc8713e
 class Course:
-    """A teacher's `grid` on a device. The student's is grid[::stride]; labels go from node to node of grid[::look].
+    """A teacher's `grid` on a device. The student's is grid[::stride], or grid[places] where `stride` lists them;
+    labels go from node to node of grid[::look].
 
-    `stops` are the grid's times as numbers, `student_grid` and `label_grid` tensors on the CPU.
+    `stops` are the grid's times as numbers, `student_grid` and `label_grid` tensors on the CPU; `places`: of the
+    student's nodes on the grid.
     """
 
-    def __init__(self, grid: Tensor, stride: int, look: int, device: torch.device):
+    def __init__(self, grid: Tensor, stride: int | Sequence[int], look: int, device: torch.device):
         grid = check_grid(grid)
-        check_strides(len(grid) - 1, stride, look)
+        self.places = student_places(len(grid) - 1, stride, look)
         self.stride, self.look = stride, look
         self.grid = grid.to(device)
         self.stops = grid.tolist()
-        self.student_grid, self.label_grid = grid[::stride].clone(), grid[::look].clone()
+        self.student_grid, self.label_grid = grid[self.places].clone(), grid[::look].clone()
         self._rising = -self.grid[::look].contiguous()  # for searchsorted
 
     def _times(self, t: Time, steps: int) -> list[Time]:
@@ -75,15 +99,24 @@ class Course:
 
 # %% ../../nbs/03_rollins/02_teacher.ipynb #476011af
 class Teacher(Course):
-    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride].
+    """A denoiser that walks its `grid` with `solver`. The student's grid is grid[::stride], or grid[places] where
+    `stride` lists the places (as latent consistency models have them: 4 of 50, at 0, 12, 25, 37 and 50).
 
     A label is where it arrives `look` of its steps on. `look` divides `stride` and is as long if not given (progressive
-    distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`.
+    distillation); consistency methods look one step ahead. Labels start at the nodes of `label_grid`. Raises ValueError
+    for places without a look.
     """
 
     def __init__(
-        self, denoiser: Denoiser, grid: Tensor, stride: int = 2, solver: Solver = ddim, look: int | None = None
+        self,
+        denoiser: Denoiser,
+        grid: Tensor,
+        stride: int | Sequence[int] = 2,
+        solver: Solver = ddim,
+        look: int | None = None,
     ):
+        if look is None and not isinstance(stride, int):
+            raise ValueError("a student of steps of several lengths has no label of its own step's length: give look=1")
         super().__init__(grid, stride, stride if look is None else look, denoiser.device)
         self.denoiser, self.solver = denoiser, solver
 

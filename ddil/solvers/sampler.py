@@ -22,7 +22,7 @@ from ..diffusion.grids import check_grid, uniform_grid
 from ..diffusion.schedule import schedule_from_dict, schedule_to_dict
 from ..diffusion.wrappers import WRAPPERS, Wrapper, innermost
 from ..files import read_tensors, seal, unseal, write_tensors
-from . import Solver, sample, solver_by_name
+from . import Solver, ddim, sample, solver_by_name
 from .amed import AMED
 
 # %% auto #0
@@ -163,6 +163,18 @@ class Sampler(_Sampling):
 
         Raises ValueError for other `steps` than it was made for, unless `force` asks for them on a uniform grid."""
         return sample(self.denoiser, ids, self.shape, _grid_of(self, steps, force), cond, self.step, **options)
+
+    def invert(self, z: Tensor, cond: Cond = None) -> Tensor:
+        """The grid walked upwards by DDIM steps: (n, …) states at its first time from states z at its last.
+
+        That is what an encoder is for. Raises ValueError for a grid that ends at 0, where no step can begin."""
+        if self.grid[-1] <= 0:
+            raise ValueError("a way back cannot begin at 0, where there is no noise: this grid must end above it")
+        rising = self.grid.flip(0).tolist()
+        with torch.inference_mode():
+            for t, s in zip(rising, rising[1:]):
+                z = ddim(self.denoiser, z, t, s, cond)
+        return z.clone()
 
     def save(self, folder: str | Path) -> Path:
         """Write the sampler to `folder`, replacing what was there only when all is written. Returns the folder."""

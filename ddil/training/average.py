@@ -5,6 +5,8 @@
 # %% ../../nbs/06_training/02_average.ipynb #15fcbeb3
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ __all__ = ['Follower']
 # %% ../../nbs/06_training/02_average.ipynb #e8865078
 class Follower:
     """An average of the weights of `student` that learn. After every update each moves a share 1 - decay of the way
-    towards the student's, decay in [0, 1).
+    towards the student's; decay: in [0, 1), or a function of the update.
 
     `network`: a copy of the student, placed as it is, whose weights are to be the average, so that it can be asked;
     without one the average is tensors alone. `early`: use the smaller decay (1 + n) / (10 + n) after update n while it
@@ -24,8 +26,14 @@ class Follower:
     smaller, so that a young average forgets the initial weights. Raises ValueError for another decay.
     """
 
-    def __init__(self, student: nn.Module, decay: float, network: nn.Module | None = None, early: bool = False):
-        if not 0 <= decay < 1:
+    def __init__(
+        self,
+        student: nn.Module,
+        decay: float | Callable[[int], float],
+        network: nn.Module | None = None,
+        early: bool = False,
+    ):
+        if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.decay, self.network, self.early = decay, network, early
         learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -37,5 +45,6 @@ class Follower:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move after update `step` (0 is the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.early else self.decay
+        decay = self.decay(step) if callable(self.decay) else self.decay
+        decay = min(decay, (1 + step) / (10 + step)) if self.early else decay
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
