@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,7 +51,7 @@ __all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WA
            'Followed', 'Random', 'Compared', 'FollowedL2', 'consistent', 'nodes_among', 'Trajectory', 'trajectory',
            'Cycled', 'ends_above_zero', 'is_guided', 'both_ways', 'Trained', 'curriculum', 'ever_finer', 'training',
            'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
-           'said_of_the_paper', 'menu_text']
+           'enter_installed', 'said_of_the_paper', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -435,7 +436,11 @@ def on_flow_grid(
 ) -> Teacher:
     """The teacher on equal steps of a flow."""
     return Teacher(
-        denoiser, torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64), steps[0] // steps[1], rest["solver"]
+        denoiser,
+        torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64),
+        steps[0] // steps[1],
+        rest["solver"],
+        rest["look"],
     )
 
 
@@ -1174,6 +1179,15 @@ enter(
         networks=("discriminator",),
     )
 )
+
+# %% ../../nbs/09_distil/01_menu.ipynb #e27e1a01
+def enter_installed() -> None:
+    """Import the modules that installed packages name under "ddil.methods"; they enter what they have."""
+    for point in entry_points(group="ddil.methods"):
+        point.load()
+
+
+enter_installed()
 
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
 def said_of_the_paper(entry: Entry) -> list[str]:
