@@ -931,7 +931,7 @@ class Trained(Form):
     distance: DistanceName = Field("l2", description="between the two arrivals")
     target_decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
     coarsest: int = Field(2, ge=2, description="points of the grid at first, which grows finer")
-    finest: int | None = Field(None, ge=2, description="steps of the grid at the end; none: those of the plan's teacher")
+    finest: int | None = Field(None, ge=2, description="steps of the grid at the end; none: the teacher's")
 
 
 def curriculum(stage: Stage) -> Curriculum:
