@@ -21,21 +21,23 @@ from torch import Tensor
 from ddil import cli
 from ddil.datasets.digits import digits
 from ddil.datasets.scenes import tiny_pipeline
-from ddil.diffusion.denoiser import Denoiser
+from ddil.diffusion.denoiser import Denoiser, split_inputs
 from ddil.diffusion.wrappers import Told, innermost
 from ddil.distil import doctor, stages
 from ddil.distil.budget import cost_of
 from ddil.distil.command import distil_options, finish, plan_of
 from ddil.distil.doctor import examine
-from ddil.distil.menu import MENU, Entry, Stage, ddil_states, enter
+from ddil.distil.menu import MENU, Entry, Stage, ddil_states, enter, guided_within
 from ddil.distil.plan import Plan, WhoseStates, read_plan, write_plan
 from ddil.distil.problem import KINDS_OF_PROBLEM, Problem, atoms_problem, digits_problem, problem_kind
-from ddil.distil.stages import carry_out
+from ddil.distil.stages import carry_out, handed_on
 from ddil.forms import Form, UnusableValues
 from ddil.methods.base import Method
 from ddil.methods.regression import Regression
+from ddil.models.pipeline import TextToImage
 from ddil.rollins.data import TensorData
-from ddil.solvers import ddim
+from ddil.rollins.rollout import begin
+from ddil.solvers import ddim, walk
 from ddil.solvers.sampler import Sampler
 from ddil.training.journal import read_log
 
@@ -235,6 +237,53 @@ def test_a_student_of_further_inputs(kind: str, option: str, text: dict[str, Any
     assert distilled(asked(name, tmp_path, **problem, **changes)) == 0
     student = Sampler.load(tmp_path / "student").denoiser
     assert {"scales": {"guidance_scale": 3.0}, "lengths": {"steps": 2.0}}[option] == told(student)
+
+
+def test_a_student_for_any_scale(text: dict[str, Any], tmp_path: Path) -> None:
+    """It imitates the teacher without guidance, and plain diffusers draws it at any scale as we do."""
+    undoctored(asked("sfd", tmp_path, **text, any_scale=True))
+    student = Sampler.load(tmp_path / "4-to-2" / "student")
+    assert student.guidance_scale == 1.0
+    assert "guidance_scale=3.0" in (tmp_path / "student" / "README.md").read_text()
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", use_safetensors=True)
+    plain.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, *student.shape, generator=torch.Generator().manual_seed(0))
+    cond = TextToImage.load(text["model"]).conditions(["a red square"], 32)
+    pictures = []
+    for scale in (1.0, 3.0, 6.0):
+        walker = guided_within(handed_on(student.denoiser), scale)
+        with torch.inference_mode():
+            *_, ours = walk(walker, noise, student.grid, cond, student.step)
+        given = {"latents": noise, "output_type": "latent", "height": 32, "width": 32, "num_inference_steps": 2}
+        pictures.append(plain("a red square", guidance_scale=scale, **given).images)
+        torch.testing.assert_close(ours, pictures[-1], rtol=1e-3, atol=1e-3)
+        if scale == 3.0:  # the plan's own
+            with torch.inference_mode():
+                *_, own = walk(student.denoiser, noise, student.grid, cond, student.step)
+            assert torch.equal(own, ours)
+    assert (pictures[0] - pictures[2]).abs().max() > 0.01
+
+
+def test_the_second_stage_of_sfd(tmp_path: Path) -> None:
+    """Its teacher is the first stage's student as that one walks: told its own number of steps, its first step
+    analytic, its grid the same; the new student asks its network once.
+    """
+    plan = Plan(**asked("sfd", tmp_path, problem="digits", stages=(24, 6, 2), lengths=(3, 4, 5, 6)))
+    students = carry_out(plan)
+    second = stages.stage_of(digits_problem(), plan, 1, stages.handed_on(students[6].denoiser))
+    teacher, rollin = second.stage.teacher, second.rollin
+    torch.testing.assert_close(teacher.grid, students[6].grid)
+    states = rollin.sample(4, 0)
+    assert told(teacher.denoiser) == {"steps": 6.0}
+    assert states.cond["steps"].tolist() == [2.0] * 4
+    assert states.t[0] == teacher.student_grid[1], "the analytic step is walked and not trained"
+    labels = split_inputs(states.cond)[0]
+    start = begin(teacher, (1, 8, 8), second.stage.data, second.stage.source.draws("walk", 1, n=4))
+    path = list(walk(students[6].denoiser, start.z, students[6].grid, labels))
+    torch.testing.assert_close(second.stage.teacher.label(states), path[-1], rtol=1e-4, atol=1e-4)
+    report: dict[str, float] = {}
+    students[2].sample(range(2), torch.tensor([3, 8]), report=report)
+    assert report["NFE"] == 1
 
 
 def told(student: Denoiser) -> dict[str, float]:

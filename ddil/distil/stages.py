@@ -21,7 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..diffusion.denoiser import Denoiser, map_cond, split_inputs
 from ..diffusion.noise import Shard, Source
-from ..diffusion.wrappers import Guided, Told, innermost
+from ..diffusion.wrappers import Guided, Told, Wrapper, innermost
 from .menu import MENU, Entry, NEEDS, Stage
 from .plan import Plan, decisive, read_plan, write_plan
 from .problem import Bar, Problem, check_problem, has_pictures, kind_by_name, no_bar
@@ -356,11 +356,15 @@ def distil(
 
 
 def handed_on(denoiser: Denoiser) -> Denoiser:
-    """A student as the next stage's teacher: not guided, and told its number of steps, but no scale: each row has its
-    own.
+    """A student as the next stage's teacher: without guidance of its own, and told its number of steps, but no scale:
+    each row has its own.
     """
-    student = denoiser.denoiser if isinstance(denoiser, Guided) else denoiser
-    return student.denoiser if isinstance(student, Told) and "guidance_scale" in student.values else student
+    if not isinstance(denoiser, Wrapper):
+        return denoiser
+    student = handed_on(denoiser.denoiser)
+    if isinstance(denoiser, Guided) or isinstance(denoiser, Told) and "guidance_scale" in denoiser.values:
+        return student
+    return type(denoiser).restored(student, **denoiser.saved())
 
 
 def _as_launched(plan: Plan, processes: int) -> Plan:

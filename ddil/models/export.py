@@ -14,14 +14,14 @@ import diffusers
 from diffusers import SchedulerMixin
 
 import ddil
-from ..diffusion.wrappers import Reflected, innermost
+from ..diffusion.wrappers import Guided, Reflected, Wrapper, innermost
 from ..files import seal
 from .pipeline import TextToImage
 from .schedulers import step_line
 from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['CARD', 'GUIDED', 'UNGUIDED', 'write_card', 'sampling_code', 'unfinished', 'export_pipeline']
+__all__ = ['CARD', 'GUIDED', 'UNGUIDED', 'write_card', 'asked_scale', 'sampling_code', 'unfinished', 'export_pipeline']
 
 # %% ../../nbs/07_models/05_export.ipynb #9dd35835
 CARD = """---
@@ -58,7 +58,7 @@ def write_card(folder: Path, sampler: Sampler, scheduler: SchedulerMixin, base: 
     facts = {
         "base": base.name,
         "steps": sampler.steps,
-        "guidance": base.family.unguided if distilled else "…",
+        "guidance": asked_scale(sampler, base) if distilled or _own_scale(sampler) else "…",
         "why": GUIDED if distilled else UNGUIDED,
         "code": sampling_code(sampler, scheduler, base, load),
         "clipped": _about_clipping(sampler, scheduler),
@@ -80,10 +80,26 @@ def _about_clipping(sampler: Sampler, scheduler: SchedulerMixin) -> str:
     return f"\n- clean estimates are kept within {sampler.denoiser.threshold.bound:g} in size{line}"
 
 
+def _own_scale(sampler: Sampler) -> float | None:
+    """The scale that a student is guided at itself; None where it is not."""
+    denoiser = sampler.denoiser
+    while isinstance(denoiser, Wrapper):
+        if isinstance(denoiser, Guided):
+            return denoiser.guidance_scale
+        denoiser = denoiser.denoiser
+    return None
+
+
+def asked_scale(sampler: Sampler, base: TextToImage) -> float:
+    """The guidance scale that a pipeline is asked for, so that it draws as the sampler does."""
+    return _own_scale(sampler) or base.family.unguided
+
+
 def sampling_code(sampler: Sampler, scheduler: SchedulerMixin, base: TextToImage, load: str) -> str:
     """The lines that load the student with diffusers and ask it for a picture."""
     line = step_line(scheduler, sampler.steps)
-    ask = f'image = pipeline("a prompt", num_inference_steps={sampler.steps}, guidance_scale={base.family.unguided})'
+    scale = asked_scale(sampler, base)
+    ask = f'image = pipeline("a prompt", num_inference_steps={sampler.steps}, guidance_scale={scale})'
     before, after = (["import functools"], [line]) if line else ([], [])
     return "\n".join([*before, "import diffusers", load, *after, f"{ask}.images[0]"])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond, map_cond
 from ..diffusion.grids import lcm_grid
 from ..diffusion.schedule import DiscreteVP
-from ..diffusion.wrappers import innermost, Reflected
+from ..diffusion.wrappers import Guided, innermost, Reflected
 from .unet import NetworkDenoiser, TextDenoiser
 from ..solvers.sampler import Sampler
 
@@ -128,7 +128,8 @@ def _betas(base: TextDenoiser) -> dict:
 def _thresholding(sampler: Sampler) -> dict:
     """How a scheduler says that clean estimates are thresholded."""
     if not isinstance(sampler.denoiser, Reflected):
-        if sampler.denoiser is not innermost(sampler.denoiser):
+        guided = isinstance(sampler.denoiser, Guided)  # which is left to the pipeline
+        if (sampler.denoiser.denoiser if guided else sampler.denoiser) is not innermost(sampler.denoiser):
             raise ValueError(
                 f"a {type(sampler.denoiser).__name__} wrapper cannot leave with a pipeline: export the student itself"
             )
