@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,10 +24,10 @@ from ..diffusion.schedule import RectifiedFlow, Schedule
 from ..diffusion.wrappers import Guided, Rescheduled, Told, Wrapper, innermost
 from ..forms import Form, rule
 from ..methods.add import DISTILLATION_WEIGHTS, AdversarialDistillation
-from ..methods.adversary import Features, heads_for
+from ..methods.adversary import FeatureJudge, Features, heads_for
 from ..methods.base import DISTANCES, WEIGHTINGS, Denoising, Method
-from ..methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Edges
-from ..methods.ctm import CTM
+from ..methods.consistency import Anywhere, BiDirectional, Consistency, ConsistencyTraining, Curriculum, Edges
+from ..methods.ctm import CTM, FAVOURS, AdversarialCTM
 from ..methods.fakes import Critic, Delta, RealSamples, Samples, judged
 from ..methods.matching import DistributionMatching
 from ..methods.progressive import Progressive, halvings
@@ -36,20 +37,21 @@ from ..rollins.ddil import DDIL
 from ..rollins.forward import Forward
 from ..rollins.rollout import Rollout
 from ..rollins.states import Data, Origin, RollIn, States
-from ..rollins.teacher import Teacher
+from ..rollins.teacher import Teacher, spread_places
 from ..rollins.walk import Walk
-from ..solvers import AnalyticFirstStep, solver_by_name
+from ..solvers import AnalyticFirstStep, Solver, solver_by_name
 from ..words import did_you_mean
 
 # %% auto #0
-__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'SIMULATED', 'STEADY',
-           'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed', 'pairs_of', 'Entry',
-           'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted', 'scaled_inputs',
-           'at_scale', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states', 'Nodes', 'least_and_most', 'nodes',
-           'Walked', 'on_nodes', 'with_analytic_step', 'own_walk', 'walked', 'guided_within', 'Followed', 'Compared',
-           'FollowedL2', 'consistent', 'Trajectory', 'trajectory', 'Cycled', 'ends_above_zero', 'Trained', 'training',
-           'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial', 'adversarial',
-           'menu_text']
+__all__ = ['NEEDS', 'MENU', 'WEIGHTING', 'WeightingName', 'DistanceName', 'NO_WALK', 'TO_THE_END', 'JUMPS', 'Weight', 'SIMULATED',
+           'STEADY', 'DECAYED', 'Stage', 'ddil_states', 'simulated_states', 'noised_data', 'noised_pairs', 'Rehearsed',
+           'pairs_of', 'Entry', 'enter', 'method_by_name', 'check_steps', 'default_stages', 'Scaled', 'Weighted',
+           'scaled_inputs', 'at_scale', 'at_any_time', 'Paired', 'Naive', 'as_flow', 'on_flow_grid', 'flow_states',
+           'Nodes', 'least_and_most', 'nodes', 'Walked', 'on_nodes', 'with_analytic_step', 'own_walk', 'walked',
+           'guided_within', 'Followed', 'Random', 'Compared', 'FollowedL2', 'consistent', 'nodes_among', 'Trajectory',
+           'trajectory', 'Cycled', 'ends_above_zero', 'is_guided', 'both_ways', 'Trained', 'curriculum', 'ever_finer',
+           'training', 'Matched', 'Remembered', 'Criticised', 'Regressed', 'matched', 'critic', 'Adversarial',
+           'adversarial', 'enter_installed', 'said_of_the_paper', 'menu_text']
 
 # %% ../../nbs/09_distil/01_menu.ipynb #436bf2ac
 @dataclass
@@ -59,9 +61,9 @@ class Stage:
     student: the denoiser that learns, reflected as the plan says; teacher: the denoiser that is asked, guided and
     reflected, on its grid; unguided: the same without guidance; data: what conditions (and clean samples) come from;
     shape: of one sample; updates, batch: how long it is trained; source: of everything that is drawn; ddil: whose
-    states (None: the plain ones of the method); options: those of the entry; begin: gives a further network that
-    begins as the student does; features: what a judge may look through; place: a folder for what a method stores;
-    index: which of the plan's stages it is, from 0.
+    states (None: the plain ones of the method); options: those of the entry; solver: of the student's steps; begin:
+    gives a further network that begins as the student does; features: what a judge may look through; place: a folder
+    for what a method stores; index: which of the plan's stages it is, from 0.
     """
 
     student: Denoiser
@@ -74,7 +76,7 @@ class Stage:
     source: Source
     ddil: DDIL | None
     options: Form
-    solver: str
+    solver: Solver
     begin: Callable[[str], Denoiser]
     adapters: bool = False
     features: Features | None = None
@@ -114,7 +116,7 @@ def ddil_states(stage: Stage, label: bool = True) -> RollIn:
         stage.updates,
         stage.batch,
         stage.source,
-        solver_by_name(stage.solver),
+        stage.solver,
         label,
     )
 
@@ -130,7 +132,7 @@ def simulated_states(stage: Stage) -> RollIn:
         stage.data,
         1.0,
         label=False,
-        solver=solver_by_name(stage.solver),
+        solver=stage.solver,
         source=stage.source,
         visit="one",
     )
@@ -191,13 +193,15 @@ class Entry:
 
     title, papers: for people; aliases: other names; states, question: the two functions; look: how many of its steps
     the teacher looks ahead for a label (None: as far as the student steps); solver: that the student is sampled with;
-    options: the form of the method's own options; settings: defaults of the plan; steps: "halving" stages, "once"
-    (teacher's steps, student's), "again" (the same, and further stages), "one" (a student of one step) or "same" (as
-    many steps as the teacher); needs: of NEEDS; networks: what learns beside the student; cost: of an update, in
-    words; ddil: why DDIL's states have no place here, if they have none; inputs: further inputs of the student;
-    present: under which schedule student and teacher are presented; teacher: how the teacher is put on its grid;
-    walks: the student as it walks the grid of its teacher; finished: the student as it is sampled; then: the entry
-    that follows in the next stage.
+    sampling: the solver's options; options: the form of the method's own options; settings: defaults of the plan;
+    published: values of the plan that the paper has instead of our defaults, for `published_for`; ours: what we do
+    otherwise than the paper, in sentences; steps: "halving" stages, "once" (teacher's steps, student's), "again" (the
+    same, and further stages), "among" (as once, but the student's nodes need not be evenly spaced among the teacher's),
+    "one" (a student of one step) or "same" (as many steps as the teacher); needs: of NEEDS; networks: what learns
+    beside the student; beside: those of them that are saved beside it; cost: of an update, in words; ddil: why DDIL's
+    states have no place here, if they have none; inputs: further inputs of the student; present: under which schedule
+    student and teacher are presented; teacher: how the teacher is put on its grid; walks: the student as it walks the
+    grid of its teacher; finished: the student as it is sampled; then: the entry that follows in the next stage.
     """
 
     name: str
@@ -209,11 +213,16 @@ class Entry:
     aliases: tuple[str, ...] = ()
     look: int | None = None
     solver: str = "ddim"
+    sampling: Callable[[Form], dict] = lambda options: {}
     options: type[Form] = Form
     settings: dict = field(default_factory=dict)
+    published: dict = field(default_factory=dict)
+    published_for: str = ""
+    ours: tuple[str, ...] = ()
     steps: str = "once"
     needs: frozenset[str] = frozenset()
     networks: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     ddil: str | None = None
     inputs: Callable[[Form], tuple[str, ...]] = lambda options: ()
     present: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser
@@ -222,6 +231,10 @@ class Entry:
     finished: Callable[[Denoiser, int, float | None], Denoiser] = lambda student, steps, scale: student
     then: str | None = None
     starts_at_data: bool = True
+
+    def step(self, options: Form) -> Solver:
+        """The solver of the student's steps."""
+        return solver_by_name(self.solver, **self.sampling(options))
 
 # %% ../../nbs/09_distil/01_menu.ipynb #f26cadde
 NEEDS = {
@@ -266,6 +279,7 @@ def check_steps(entry: Entry, stages: Sequence[int]) -> None:
     after = {
         "once": "and the student's, a divisor of them, such as 32, 4",
         "again": "and each student's, a divisor of its teacher's, such as 16, 4, or 24, 6, 2",
+        "among": "and the student's, at most as many, such as 50, 4",
         "one": "and 1, such as 16, 1",
         "same": "twice, such as 16, 16",
         "reflow": "twice, and 1, such as 16, 16, 1",
@@ -277,6 +291,8 @@ def check_steps(entry: Entry, stages: Sequence[int]) -> None:
 def _fit(steps: str, stages: list[int]) -> bool:
     """Whether these numbers of steps are of that kind."""
     first, rest = stages[0], stages[1:]
+    if steps == "among":
+        return len(rest) == 1 and rest[0] <= first
     if steps in ("once", "again"):
         divide = all(teacher % student == 0 for teacher, student in pairwise(stages))
         return divide and (len(rest) == 1 or steps == "again" and len(set(rest)) == len(rest) > 1)
@@ -286,8 +302,8 @@ def _fit(steps: str, stages: list[int]) -> bool:
 def default_stages(entry: Entry, first: int, last: int) -> tuple[int, ...]:
     """The stages from a teacher of `first` steps to a student of `last`."""
     if entry.steps != "halving":
-        rest = {"once": (last,), "again": (last,), "one": (1,), "same": (first,), "reflow": (first, 1)}
-        return (first, *rest[entry.steps])
+        rest = {"one": (1,), "same": (first,), "reflow": (first, 1)}
+        return (first, *rest.get(entry.steps, (last,)))
     stages = [first]
     while stages[-1] > last and stages[-1] % 2 == 0:
         stages.append(stages[-1] // 2)
@@ -339,23 +355,36 @@ enter(
         aliases=("pd", "progressive-distillation"),
         steps="halving",
         options=Weighted,
+        published={"updates": 50_000, "batch": 128, "learning_rate": 5e-5, "ema": None},
+        published_for="CIFAR-10, from 8192 steps (official code)",
+        ours=("an average of the weights, where the problem keeps one",),
         inputs=scaled_inputs,
         finished=at_scale,
     )
 )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #9f38d3e0
+def at_any_time(stage: Stage) -> RollIn:
+    """DDIL's mixture, or data noised to any time."""
+    if stage.ddil is not None:
+        return ddil_states(stage)
+    return Forward(stage.data, stage.student.schedule, source=stage.source)
+
+
 enter(
     Entry(
         "guidance",
         "One evaluation replaces the two of a guided teacher",
         ("Meng et al. 2023, stage one",),
-        ddil_states,
+        at_any_time,
         lambda stage: GuidanceDistillation(stage.teacher.denoiser, stage.options.weighting),
         "student and back, and one guided estimate",
         aliases=("guidance-distillation",),
         steps="same",
         options=Weighted,
+        published={"scales": (1.0, 5.0)},
+        published_for="pixels (recalled; w from 0 to 4)",
+        ours=("one guidance scale, where no scales are given",),
         needs=frozenset({"null condition"}),
         inputs=scaled_inputs,
         finished=at_scale,
@@ -372,7 +401,7 @@ class Paired(Form):
 class Naive(Paired):
     """Options of naive distillation."""
 
-    distance: DistanceName = Field("huber", description="between the student's arrival and the teacher's")
+    distance: DistanceName = Field("l2", description="between the student's arrival and the teacher's")
 
 
 NO_WALK = "its student only sees pure noise, where every walk begins"
@@ -387,6 +416,8 @@ enter(
         "student and back (pairs are made first)",
         steps="one",
         options=Naive,
+        published={"pairs": 1_020_000},
+        published_for="CIFAR-10, from 100 steps (recalled)",
         needs=frozenset({"pairs"}),
         ddil=NO_WALK,
         aliases=("naive-distillation", "knowledge-distillation"),
@@ -405,7 +436,11 @@ def on_flow_grid(
 ) -> Teacher:
     """The teacher on equal steps of a flow."""
     return Teacher(
-        denoiser, torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64), steps[0] // steps[1], rest["solver"]
+        denoiser,
+        torch.linspace(1, 0, steps[0] + 1, dtype=torch.float64),
+        steps[0] // steps[1],
+        rest["solver"],
+        rest["look"],
     )
 
 
@@ -430,6 +465,16 @@ enter(
         aliases=("rectified-flow",),
         steps="same",
         options=Paired,
+        published={
+            "pairs": 1_000_000,
+            "batch": 128,
+            "learning_rate": 2e-4,
+            "decay": "constant",
+            "warm_up": 5000,
+            "ema": 0.9999,
+        },
+        published_for="CIFAR-10 (official code; as many updates as you choose)",
+        ours=("pairs by equal steps of the plan's solver, not by an adaptive one",),
         needs=frozenset({"pairs"}),
         present=as_flow,
         teacher=on_flow_grid,
@@ -448,6 +493,9 @@ enter(
         "student and back (pairs are made first, in both stages)",
         steps="reflow",
         options=Naive,
+        published={"teacher_solver": "dpm_solver_pp_2m"},
+        published_for="Stable Diffusion 1.4, pairs in 25 steps at guidance 6 (recalled)",
+        ours=("squares to the end; the paper goes on with LPIPS",),
         needs=frozenset({"pairs"}),
         present=as_flow,
         teacher=on_flow_grid,
@@ -610,6 +658,12 @@ class Followed(Scaled):
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
 
 
+class Random(Followed):
+    """Options of trajectory consistency."""
+
+    beyond: float = Field(0.3, ge=0, le=1, description="how far a sampling step jumps beyond its end")
+
+
 class Compared(Scaled):
     """Options of consistency in segments, whose target is the student itself."""
 
@@ -648,12 +702,31 @@ enter(
         look=1,
         solver="consistency",
         options=FollowedL2,
+        settings={"teacher_solver": "heun"},
+        published={
+            "updates": 600_000,
+            "batch": 2048,
+            "learning_rate": 8e-6,
+            "decay": "constant",
+            "ema": 0.999943,
+        },
+        published_for="ImageNet 64, 40 points (official code)",
+        ours=("squares, which the paper has too; its best figures are by LPIPS", "the plan's grid, not Karras'"),
         inputs=scaled_inputs,
         finished=at_scale,
     )
 )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #b94128ca
+def nodes_among(
+    denoiser: Denoiser, steps: tuple[int, int], grid: Callable[[int], Tensor], options: Form, **rest
+) -> Teacher:
+    """The teacher on its grid, with the student's nodes as evenly among its as whole places allow."""
+    many, few = steps
+    places = spread_places(many, few) if many % few else many // few
+    return Teacher(denoiser, grid(many), places, rest["solver"], rest["look"])
+
+
 enter(
     Entry(
         "lcm",
@@ -666,6 +739,22 @@ enter(
         look=1,
         solver="consistency",
         options=Followed,
+        settings={"stages": (50, 4), "teacher_solver": "ddim"},
+        published={
+            "scales": (3.0, 15.0),
+            "target_decay": 0.999943,
+            "updates": 100_000,
+            "batch": 72,
+            "learning_rate": 8e-6,
+            "decay": "constant",
+        },
+        published_for="Stable Diffusion (recalled; w from 2 to 14. The official script's target follows with .95)",
+        ours=(
+            "one guidance scale, as LCM-LoRA has, where no scales are given: only so it leaves with diffusers",
+            "jumps end at the clean sample; the paper's weights c_skip, c_out differ from that by 7e-6 at its nodes",
+        ),
+        steps="among",
+        teacher=nodes_among,
         inputs=scaled_inputs,
         finished=at_scale,
     )
@@ -675,13 +764,16 @@ enter(
     Entry(
         "segments",
         "The same within segments: a jump ends where its segment ends",
-        ("Heek et al. 2024",),
+        ("Heek et al. 2024", "Wang et al. 2024"),
         ddil_states,
         consistent(lambda stage: Edges(stage.teacher.student_grid), follows=False),
         JUMPS,
         aliases=("multistep-consistency", "pcm"),
         look=1,
         options=Compared,
+        published={"learning_rate": 5e-6, "weight_decay": 1e-3},
+        published_for="Stable Diffusion, 50 to 4 steps (phased consistency of Wang et al., official code)",
+        ours=("no adversary (Wang et al.); no growing number of teacher's steps, nor their noise (Heek et al.)",),
         inputs=scaled_inputs,
         finished=at_scale,
     )
@@ -698,28 +790,49 @@ enter(
         JUMPS,
         aliases=("trajectory-consistency",),
         look=1,
-        options=Followed,
+        solver="tcd",
+        sampling=lambda options: {"eta": options.beyond},
+        options=Random,
+        published={"stages": (50, 4)},
+        published_for="Stable Diffusion XL (recalled)",
+        ours=("DDIM's form, with no second estimate within a step",),
+        steps="among",
+        teacher=nodes_among,
         inputs=scaled_inputs,
         finished=at_scale,
     )
 )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #b732498e
+Weight = Annotated[float, Field(ge=0)] | Literal["adaptive"]
+
+
 class Trajectory(Form):
     """Options of CTM."""
 
     distance: DistanceName = Field("huber", description="between the two arrivals")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the average that gives the target, an update")
     longest: int = Field(4, ge=1, description="the teacher looks 1 to this many of its steps ahead")
-    denoising: Annotated[float, Field(ge=0)] | Literal["adaptive"] = Field(
-        "adaptive", description="weight of the denoising term: a number, or adaptive"
-    )
+    favour: Literal[FAVOURS] = Field("none", description="long: a look is as often as it is long")  # type: ignore
+    denoising: Weight = Field("adaptive", description="weight of the denoising term: a number, or adaptive")
+    adversary: Weight = Field(0.0, description="weight of persuading the judge: a number, or adaptive; 0: no judge")
+    beyond: float = Field(0.0, ge=0, le=1, description="how far a sampling step jumps beyond its end")
 
 
 def trajectory(stage: Stage) -> Method:
-    """CTM's question."""
-    options = stage.options
-    return CTM(stage.teacher, options.target_decay, options.distance, options.longest, options.denoising)
+    """CTM's question. Raises ValueError for an adversary that has nothing to see."""
+    options, one = stage.options, stage.example()
+    shared = {name: getattr(options, name) for name in ("distance", "longest", "favour", "denoising")}
+    if options.adversary == 0:
+        return CTM(stage.teacher, options.target_decay, **shared)
+    if stage.features is None or stage.data[np.zeros(1, int)][0] is None:
+        raise ValueError(
+            f"adversary = {options.adversary}: the judge compares with clean samples and looks through a network, and "
+            "this problem lacks one of them: give Problem(features=…) and pictures, or set adversary to 0"
+        )
+    judge = FeatureJudge(stage.features, heads_for(stage.features, one.z)).to(stage.student.device)
+    more = {"adversary": options.adversary, "data": stage.real_samples()}
+    return AdversarialCTM(stage.teacher, options.target_decay, judge, **more, **shared)
 
 
 enter(
@@ -731,7 +844,26 @@ enter(
         trajectory,
         "student and back, three jumps of its target, one to a few looks of the teacher",
         look=1,
+        solver="ctm",
+        sampling=lambda options: {"gamma": options.beyond},
         options=Trajectory,
+        settings={"teacher_solver": "heun"},
+        published={
+            "target_decay": 0.999,
+            "longest": 17,
+            "favour": "long",
+            "adversary": "adaptive",
+            "batch": 128,
+            "learning_rate": 4e-4,
+            "decay": "constant",
+            "ema": 0.999,
+        },
+        published_for="CIFAR-10, 18 points (official code)",
+        ours=(
+            "no adversary unless it is asked for, and its judge is heads on the problem's features, not StyleGAN-XL's",
+            "Huber's distance for LPIPS",
+            "denoising at the states' own times, weighed by SNR + 1",
+        ),
         needs=frozenset({"inputs"}),
         inputs=lambda options: ("end",),
         aliases=("consistency-trajectory",),
@@ -739,7 +871,7 @@ enter(
 )
 
 # %% ../../nbs/09_distil/01_menu.ipynb #dce52ce7
-class Cycled(Form):
+class Cycled(Scaled):
     """Options of there and back."""
 
     distance: DistanceName = Field("huber", description="between arrivals")
@@ -756,24 +888,45 @@ def ends_above_zero(
     return Teacher(denoiser, stops, steps[0] // steps[1], rest["solver"], rest["look"])
 
 
+def is_guided(denoiser: Denoiser) -> bool:
+    """Whether there is guidance, at another scale than 1, somewhere around the denoiser."""
+    while isinstance(denoiser, Wrapper):
+        if isinstance(denoiser, Guided) and denoiser.guidance_scale != 1:
+            return True
+        denoiser = denoiser.denoiser
+    return False
+
+
+def both_ways(stage: Stage) -> Method:
+    """There and back. The encoder's teacher is unguided; a student of one scale other than 1 can make no cycle."""
+    teacher, options, away, weight = stage.teacher, stage.options, None, stage.options.weight
+    if is_guided(teacher.denoiser):
+        away = Teacher(stage.unguided, teacher.grid.cpu(), teacher.stride, teacher.solver, teacher.look)
+        weight = weight if options.scales else 0.0
+    return BiDirectional(teacher, teacher.student_grid, stage.begin("encoder"), weight, options.distance, away)
+
+
 enter(
     Entry(
         "there-and-back",
         "One network goes towards the data, a second one back towards noise",
         ("Starodubcev et al. 2024",),
         ddil_states,
-        lambda stage: BiDirectional(
-            stage.teacher,
-            stage.teacher.student_grid,
-            stage.begin("encoder"),
-            stage.options.weight,
-            stage.options.distance,
-        ),
+        both_ways,
         "twice: a network and back, three jumps without gradient, one look of the teacher",
         look=1,
         options=Cycled,
+        published={"scales": (1.0, 20.0), "updates": 6000, "batch": 8, "learning_rate": 8e-6},
+        published_for="Stable Diffusion 1.5, 50 to 4 steps (official code)",
+        ours=(
+            "the cycles of a guided student are made where it takes the scale, which is 1 in them; else there are none",
+            "segments of equal length down to a little above 0, not to the teacher's first step",
+        ),
         networks=("encoder",),
+        beside=("encoder",),
         teacher=ends_above_zero,
+        inputs=scaled_inputs,
+        finished=at_scale,
         aliases=("bidirectional",),
     )
 )
@@ -782,15 +935,34 @@ enter(
 class Trained(Form):
     """Options of consistency training."""
 
-    distance: DistanceName = Field("norm_huber", description="between the two arrivals")
+    distance: DistanceName = Field("l2", description="between the two arrivals")
     target_decay: float = Field(0.9, ge=0, lt=1, description="of the average that gives the target, an update")
+    coarsest: int = Field(2, ge=2, description="points of the grid at first, which grows finer")
+    finest: int | None = Field(None, ge=2, description="steps of the grid at the end; none: the teacher's")
+
+
+def curriculum(stage: Stage) -> Curriculum:
+    """How fine the grid is at an update, and how fast the target follows."""
+    options, steps = stage.options, len(stage.teacher.grid) - 1
+    last = options.finest or steps
+    return Curriculum(stage.updates, min(options.coarsest, last + 1), last, options.target_decay)
+
+
+def ever_finer(stage: Stage) -> RollIn:
+    """Noised data at the nodes of a grid that grows finer: as many times as there are, evenly along the teacher's."""
+    growing, full = curriculum(stage), stage.teacher.grid.cpu().numpy()
+
+    def grid(update: int) -> Tensor:
+        along = np.linspace(0, len(full) - 1, growing.points(update))
+        return torch.from_numpy(np.interp(along, np.arange(len(full)), full))
+
+    return Forward(stage.data, stage.student.schedule, grid, stage.source)
 
 
 def training(stage: Stage) -> Method:
     """Consistency without a teacher."""
-    return ConsistencyTraining(
-        stage.student.schedule, TO_THE_END, stage.following(stage.options.target_decay), stage.options.distance
-    )
+    target = None if stage.adapters else curriculum(stage)
+    return ConsistencyTraining(stage.student.schedule, TO_THE_END, target, stage.options.distance)
 
 
 enter(
@@ -798,13 +970,23 @@ enter(
         "consistency-training",
         "Consistency along the line to the data, without a teacher",
         ("Song et al. 2023, algorithm 3",),
-        lambda stage: Forward(stage.data, stage.student.schedule, stage.teacher.grid.cpu(), stage.source),
+        ever_finer,
         training,
         "student and back, and its target",
         aliases=("ct",),
         look=1,
         solver="consistency",
         options=Trained,
+        published={
+            "finest": 150,
+            "updates": 800_000,
+            "batch": 512,
+            "learning_rate": 4e-4,
+            "decay": "constant",
+            "ema": 0.9999,
+        },
+        published_for="CIFAR-10 (recalled)",
+        ours=("squares, which the paper has too; its best figures are by LPIPS", "the plan's grid, not Karras'"),
         needs=frozenset({"pictures"}),
         ddil="its target lies on the line to the data that a state was made from",
     )
@@ -846,9 +1028,10 @@ class Regressed(Matched):
 
 SIMULATED = "student and back, and the teacher's score and the fake one"
 STEADY = {"decay": "constant", "clip": 10.0}  # a constant rate, and gradients clipped late
+DECAYED = {**STEADY, "weight_decay": 0.01, "betas": (0.9, 0.999)}  # DMD's and DMD2's optimiser
 
 # %% ../../nbs/09_distil/01_menu.ipynb #3355abad
-def matched(fake: Callable[[Stage], Delta]) -> Callable[[Stage], Method]:
+def matched(fake: Callable[[Stage], Delta], weighting: str = "normalised") -> Callable[[Stage], Method]:
     """The question of the family, where `fake` says how the student's score is known."""
 
     def question(stage: Stage) -> Method:
@@ -857,6 +1040,7 @@ def matched(fake: Callable[[Stage], Delta]) -> Callable[[Stage], Method]:
         return DistributionMatching(
             stage.teacher.denoiser,
             fake(stage),
+            weighting=weighting,
             times=(options.low, options.high),
             ratio=getattr(options, "ratio", 1),
             adversary=adversary,
@@ -884,12 +1068,14 @@ enter(
         "Score distillation: one's own score is that of the sample itself",
         ("Poole et al. 2022",),
         simulated_states,
-        matched(lambda stage: Delta()),
+        matched(lambda stage: Delta(), "noise"),
         "student and back, and the teacher's score",
         aliases=("score-distillation",),
         solver="consistency",
         options=Matched,
         settings=STEADY,
+        published_for="one scene at a time",
+        ours=("a network that makes all samples, at the states of its own walk, not the parameters of one scene",),
         starts_at_data=False,
     )
 )
@@ -901,11 +1087,12 @@ enter(
         "One's own score, from remembered samples",
         ("Schlichting et al. 2024",),
         simulated_states,
-        matched(lambda stage: Samples(stage.student.schedule, stage.options.memory)),
+        matched(lambda stage: Samples(stage.student.schedule, stage.options.memory), "variance"),
         "student and back, and the teacher's score",
         solver="consistency",
         options=Remembered,
         settings=STEADY,
+        ours=("samples of earlier updates count, too; a sample does not explain itself",),
         needs=frozenset({"labels"}),
         starts_at_data=False,
     )
@@ -922,7 +1109,10 @@ enter(
         solver="consistency",
         steps="one",
         options=Regressed,
-        settings=STEADY,
+        settings=DECAYED,
+        published={"learning_rate": 5e-5, "warm_up": 500},
+        published_for="CIFAR-10 (recalled)",
+        ours=("squares in the regression; the paper has LPIPS",),
         needs=frozenset({"pairs"}),
         networks=("fake",),
         ddil=NO_WALK,
@@ -941,7 +1131,9 @@ enter(
         f"{SIMULATED}, once in `ratio` updates; the critic and back, each time",
         solver="consistency",
         options=Criticised,
-        settings=STEADY,
+        settings=DECAYED,
+        published={"learning_rate": 5e-7, "warm_up": 500},
+        published_for="Stable Diffusion XL, four steps (official code; 1.5 has ratio 10 and adversary .001)",
         needs=frozenset({"pictures"}),
         networks=("fake",),
         starts_at_data=False,
@@ -985,12 +1177,38 @@ enter(
         solver="consistency",
         options=Adversarial,
         settings=STEADY,
+        published_for="Stable Diffusion (recalled; its code for training is not public)",
+        ours=(
+            "the judge sees the features that the problem names (DINOv2 in the paper), and no condition",
+            "the noisiest time is the problem's, whose signal need not be zero",
+        ),
         needs=frozenset({"pictures", "features"}),
         networks=("discriminator",),
     )
 )
 
+# %% ../../nbs/09_distil/01_menu.ipynb #e27e1a01
+def enter_installed() -> None:
+    """Import the modules that installed packages name under "ddil.methods"; they enter what they have."""
+    for point in entry_points(group="ddil.methods"):
+        point.load()
+
+
+enter_installed()
+
 # %% ../../nbs/09_distil/01_menu.ipynb #04e2ce5e
+def said_of_the_paper(entry: Entry) -> list[str]:
+    """Lines on an entry's defaults, what the paper has instead of them, and what we do otherwise."""
+    listed = lambda values: ", ".join(f"{name} = {value}" for name, value in values.items())
+    defaults = {name: value.default for name, value in entry.options.model_fields.items()} | entry.settings
+    lines = [f"    solver {entry.solver}" + (f"; {listed(defaults)}" if defaults else "")]
+    if entry.published:
+        lines.append(f"    --as-published: {listed(entry.published)}")
+    if entry.published_for:
+        lines.append(f"    as published for {entry.published_for}")
+    return lines + [f"    ours: {text}" for text in entry.ours]
+
+
 def menu_text() -> str:
     """The menu: each method with its papers, what it needs and what an update costs."""
     blocks = []
@@ -1004,6 +1222,5 @@ def menu_text() -> str:
         lines += [f"    needs {needs}"] if needs else []
         plain = "noised data" if entry.starts_at_data else "walks, or pairs that the teacher made"
         lines += [f"    states: {plain}" + (f"; takes no DDIL: {entry.ddil}" if entry.ddil else "; or DDIL's mixture")]
-        own = ", ".join(f"{name} = {value.default}" for name, value in entry.options.model_fields.items())
-        blocks.append("\n".join(lines + ([f"    options {own}"] if own else [])))
+        blocks.append("\n".join(lines + said_of_the_paper(entry)))
     return "\n\n".join(blocks)
