@@ -51,6 +51,11 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"updates": 1},
         {"per_prompt": 3},
     ),
+    "adapter": (
+        {"updates": 2, "data": "scenes:16", "tuned": [0, 1], "pictures": 8, "seeds": [0], "samples": 40},
+        {"learning_rate": 1e-2},
+        {"samples": 44},
+    ),
 }
 CLOCK = "seconds"  # what no two runs share
 
