@@ -24,7 +24,7 @@ from ddil.datasets.scenes import tiny_pipeline
 from ddil.diffusion.denoiser import Denoiser, split_inputs
 from ddil.diffusion.wrappers import Told, innermost
 from ddil.distil import doctor, stages
-from ddil.distil.budget import cost_of
+from ddil.distil.budget import cost_of, spend
 from ddil.distil.command import distil_options, finish, plan_of
 from ddil.distil.doctor import examine
 from ddil.distil.menu import MENU, Entry, Stage, ddil_states, enter, guided_within
@@ -582,6 +582,35 @@ def test_the_seed_decides_new_layers() -> None:
         weights.append(torch.cat([p.detach().flatten() for p in further.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_another_prediction_of_the_digits(tmp_path: Path) -> None:
+    """A student that takes the guidance scale is converted with it; and what is not sensible is refused."""
+    problem = digits_problem(2.0)
+    changes = {"scales": (1.0, 3.0), "prediction": "x", "conversion_updates": 2, "updates": 1, "learning_rate": 1e-5}
+    plan = Plan(stages=(4, 2, 1), batch=8, capacity=64, **changes)
+    students = stages.distil(problem, plan, tmp_path)
+    assert [innermost(student.denoiser).prediction for student in students.values()] == ["x", "x"]
+    gap = students[1].provenance["conversion"]["gap"]
+    assert max(gap["before"].values()) < 0.6
+    assert max(gap["after"].values()) < 0.6
+    assert stages.distil(problem, plan, tmp_path)[1].provenance == students[1].provenance
+    with pytest.raises(ValueError, match="times the error of eps"):
+        stages.check(problem, plan.but(prediction="eps"))
+    with pytest.raises(ValueError, match="pays for no conversion"):
+        spend(1000, problem, plan)
+    with pytest.raises(UnusableValues, match="only a conversion has them"):
+        Plan(conversion_updates=3)
+
+
+def test_conversion_of_captions_alone(tmp_path: Path) -> None:
+    """Where there is nothing to noise, the student is converted at states of the teacher's walks."""
+    problem = digits_problem()
+    problem.data = Conditions(problem.data)
+    plan = Plan(stages=(4, 2), batch=8, capacity=64, collected=(1, 1), prediction="x", conversion_updates=2, updates=1)
+    student = stages.distil(problem, plan, tmp_path)[2]
+    assert read_plan(tmp_path / "conversion" / "plan.yaml").beta == (0.0, 0.0)
+    assert max(student.provenance["conversion"]["gap"]["after"].values()) < 1
 
 
 def test_data_beyond_the_bound_are_not_clipped_silently() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,9 +24,11 @@ from ddil.solvers import walk
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.export import export_pipeline
 from ddil.models.pipeline import TextToImage
-from ddil.distil.plan import Plan, read_plan
+from ddil.models.prediction import output_layer, with_prediction
+from ddil.distil.doctor import alike
+from ddil.distil.plan import Plan, preset, read_plan
 from ddil.distil.problem import Bar, ModelOptions, no_bar, problem_of_model
-from ddil.distil.stages import distil
+from ddil.distil.stages import distil, stage_of
 from ddil.training.journal import read_log
 from tiny import largest_difference
 
@@ -134,11 +137,67 @@ def drawn_by_the_card(folder: Path, source: Path, noise: Tensor) -> Tensor:
     return torch.load(folder / "image.pt")
 
 
+def test_a_v_student_of_an_eps_teacher(models: dict[str, Path], tmp_path: Path) -> None:
+    """It is converted first, says how near it came, and plain diffusers draws the same, told that it predicts v."""
+    source = models["StableDiffusion"]
+    data, asked = latents(source), plan(source, tmp_path / "run", updates=2, **SMALL, **TO_V)
+    student = carried_out(asked, data)[2]
+    assert TextToImage.load(source).prediction == "eps"
+    assert innermost(student.denoiser).prediction == "v"
+    told = student.provenance["conversion"]
+    assert (told["from"], told["to"], told["updates"]) == ("eps", "v", 4)
+    assert told["gap"]["before"].keys() == told["gap"]["after"].keys()
+    made = Sampler.load(tmp_path / "run" / "conversion" / "4-to-4" / "student")
+    assert innermost(made.denoiser).prediction == "v"
+    folder = export_pipeline(student, TextToImage.load(source), tmp_path / "out")
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    noise, cond = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), data.conditions(np.arange(2))
+    ours = walked(student.denoiser, noise, student, cond)
+    assert (ours - drawn_by_the_card(folder, source, noise)).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_adapters_keep_the_prediction(models: dict[str, Path], tmp_path: Path) -> None:
+    """Adapters of an eps-network do not begin with a conversion to v; that they predict eps may be said."""
+    source = models["StableDiffusion"]
+    with pytest.raises(ValueError, match="prediction = 'v': adapters sit on the teacher's own network"):
+        carried_out(plan(source, tmp_path, **SMALL, **LORA, prediction="v"), latents(source))
+    student = carried_out(plan(source, tmp_path, **SMALL, **LORA, prediction="eps", updates=1), latents(source))[2]
+    assert "conversion" not in student.provenance
+    assert preset("sd15-coco", model="m", data="d").prediction == "v"
+    assert preset("sd15-coco", model="m", data="d", adapters="lora").prediction == "teacher"
+
+
+@pytest.mark.parametrize(("prediction", "expected"), [("eps", 213.6), ("v", 0.9953), ("x", 1.0)])
+def test_the_weight_of_an_output_error(
+    models: dict[str, Path], tmp_path: Path, prediction: str, expected: float
+) -> None:
+    """At the noisiest time progressive distillation weighs the squared error of an eps-network's output by 214, of a
+    v-network's by 1: measured through the method that the plan makes.
+    """
+    source = models["StableDiffusion"]
+    asked = plan(source, tmp_path, reflection="off", collected=(0, 0))
+    problem = problem_of_model(TextToImage.load(source), latents(source), ModelOptions(**asked.problem_options))
+    problem.student = with_prediction(innermost(problem.student), prediction)
+    ready = stage_of(problem, asked)
+    states, student, shift = alike(ready, 4), ready.stage.student, [0.0]
+    output_layer(student.network).register_forward_hook(lambda layer, inputs, output: output + shift[0])
+
+    def loss(moved: float) -> float:
+        shift[0] = moved
+        return next(iter(ready.method.turns(0))).loss({"student": student}, states)[0].item()
+
+    curvature = (loss(0.5) + loss(-0.5) - 2 * loss(0.0)) / 2 / 0.5**2
+    assert curvature == pytest.approx(expected, rel=2e-3)
+
+
 class Stopped(Exception):
     """Stands for a kill between two updates."""
 
 
-@pytest.mark.parametrize(("method", "kind"), [("PD", {}), ("PD", LORA), ("DMD2", LORA)])
+TO_V = {"prediction": "v", "conversion_updates": 4}
+
+
+@pytest.mark.parametrize(("method", "kind"), [("PD", {}), ("PD", LORA), ("DMD2", LORA), ("PD", TO_V)])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_interrupted_and_gone_on_with(
     models: dict[str, Path], tmp_path: Path, method: str, kind: dict, stop: int

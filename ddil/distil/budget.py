@@ -19,7 +19,7 @@ from ..diffusion.schedule import Schedule, Time
 from ..diffusion.wrappers import Guided
 from .plan import Plan
 from .problem import Problem
-from .stages import Ready, check, settled, stage_of
+from .stages import Ready, check, converts, settled, stage_of
 from ..rollins.teacher import spread_places
 from ..solvers import sample
 from ..solvers.sampler import Sampler
@@ -174,6 +174,10 @@ def spend(budget: float, problem: Problem, plan: Plan, pairs: float = 1 / 3) -> 
     part
     that pays for pairs, where the method learns from them. Raises ValueError for what cannot be done."""
     check(problem, plan)
+    if converts(problem, plan):
+        raise ValueError(
+            f"prediction = {plan.prediction!r}: a budget pays for no conversion: give converted(problem, plan, folder)"
+        )
     plan = settled(problem, plan)
     bought: list[Bought] = []
     for index in range(len(plan.pairs)):

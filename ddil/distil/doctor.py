@@ -32,7 +32,7 @@ from ..diffusion.wrappers import Guided, innermost
 from .budget import cost_of
 from .plan import Plan
 from .problem import ModelOptions, Problem, items_of, kind_by_name
-from .stages import Ready, check, make_problem, needs_pictures, stage_of
+from .stages import Ready, check, converts, make_problem, needs_pictures, stage_of
 from ..models.family import FAMILIES, Family
 from ..models.pipeline import ModelFolder, config_of, index_of, scheduler_config
 from ..rollins.states import States
@@ -154,14 +154,18 @@ def _quietly() -> Iterator[None]:
 
 
 def shapes_of_problem(
-    shapes: Shapes, guidance_scale: float, mode: FakeTensorMode, schedule: DiscreteVP | None = None
+    shapes: Shapes,
+    guidance_scale: float,
+    mode: FakeTensorMode,
+    schedule: DiscreteVP | None = None,
+    prediction: str = "eps",
 ) -> Problem:
     """A problem whose network has a configuration's shapes and no numbers."""
     family, schedule = shapes.family, schedule or DiscreteVP()
     schedule.alpha_sigma(torch.tensor([0.5]))  # its table, which is kept, must not be made of tensors without numbers
     with mode, _quietly():
         network, null = family.network[1].from_config(shapes.config), shapes.row()
-    base = family.denoiser(network, schedule, "eps", null).requires_grad_(False)
+    base = family.denoiser(network, schedule, prediction, null).requires_grad_(False)
     teacher = Guided(base, guidance_scale) if guidance_scale != family.unguided else base
     return Problem(
         teacher, base, _NoData(shapes), shapes.sample, guidance_scale, {"shapes": str(shapes.sample)}, family.grid
@@ -445,11 +449,12 @@ def examine(plan: Plan, flops: float | None = None) -> Report:
     return report
 
 
-def _method(plan: Plan) -> str:
+def _method(plan: Plan, problem: Problem) -> str:
     """What will be done, in a line."""
     return (
         f"{plan.method} ({plan.entry.papers[0]}), {' → '.join(map(str, plan.stages))} steps, "
         f"{' + '.join(map(str, plan.stage_updates))} updates, {'with' if plan.ddil else 'without'} DDIL"
+        + (f", after a conversion to {plan.prediction}" if converts(problem, plan) else "")
     )
 
 # %% ../../nbs/09_distil/06_doctor.ipynb #32a4be47
@@ -473,7 +478,8 @@ def _examine_model(plan: Plan, report: Report, flops: float | None) -> None:
     ):
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode)
+    says = seen["model"].family.prediction(seen["model"].scheduler)
+    problem = shapes_of_problem(seen["shapes"], options.guidance_scale, mode, prediction=says)
     items = seen["data"][1] if "data" in seen else None
     problem.data.pictures = items is None or _first(items).image is not None
     problem.bound = 1.0  # the job measures it; a rehearsal's size and time do not depend on it
@@ -489,7 +495,7 @@ def _rehearsed(plan: Plan, report: Report, problem: Problem, mode: FakeTensorMod
     def look() -> str:
         check(problem, plan)
         rehearsals.append(rehearse(plan, problem, mode))
-        return _method(plan)
+        return _method(plan, problem)
 
     return rehearsals[0] if report.check("method", look) else None
 

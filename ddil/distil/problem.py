@@ -57,7 +57,8 @@ class Problem:
     on the network that teacher and student may share (adapters); data: conditions, and clean samples; shape: of one
     sample; guidance_scale: that the teacher is guided at; grid: the times of a walk of so many steps; model: the
     pipeline that it came from, if it did; features: what a judge may look through; description: what decides all this;
-    bound: within which clean samples lie (None: measured, where a plan asks for it).
+    bound: within which clean samples lie (None: measured, where a plan asks for it); notes: what is told with the
+    students and decides nothing.
     """
 
     teacher: Denoiser
@@ -70,6 +71,7 @@ class Problem:
     model: TextToImage | None = None
     features: Features | None = None
     bound: float | None = None
+    notes: dict = field(default_factory=dict)
 
     @property
     def unguided(self) -> Denoiser:
