@@ -118,7 +118,7 @@ class Collection(RollIn):
 
     def collect(self, step: int) -> None:
         """Roll out with the student as it is now."""
-        points = None if self.rollout.mixing == "sample" else who_drives(self.source, self.rollout, self.ring.written)
+        points = who_drives(self.rollout, self.walks, self.ring.written)
         path = self.rollout.trajectories(self.walks, step, points)
         place = self.ring.write(path, self.rollout.drivers, step)
         self.asked[place], self.seen[place], self.since = self.rollout.beta(step), -1, 0
@@ -143,11 +143,15 @@ def check_collection(walks: int, batch: int, capacity: int, rollout: Walks) -> N
         )
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #f2c23d28
-def who_drives(source: Source, rollout: Walks, count: int) -> np.ndarray:
-    """(steps,): numbers in [0, 1) that decide, node by node, who drives in the collection after `count` others."""
+def who_drives(rollout: Walks, walks: int, count: int) -> np.ndarray:
+    """(steps, n): numbers in [0, 1) that decide, node by node, who drives in the collection after `count` others.
+
+    n is 1, or with a choice for each sample the number of `walks`.
+    """
+    n, source = walks if rollout.mixing == "sample" else 1, rollout.source
     seed = int(source.generator("who drives").integers(1 << 31))
-    points = SobolEngine(rollout.steps, scramble=True, seed=seed).fast_forward(count)
-    return points.draw(1, dtype=torch.float64)[0].numpy()
+    points = SobolEngine(rollout.steps, scramble=True, seed=seed).fast_forward(n * count).draw(n, dtype=torch.float64)
+    return points.numpy()[source.generator("who drives", count).permutation(n)].T
 
 # %% ../../nbs/03_rollins/07_replay.ipynb #8179a1da
 class Counted(Collection):

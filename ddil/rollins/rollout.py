@@ -198,7 +198,7 @@ class Rollout(Walks):
     def trajectories(self, n: int, step: int, points: np.ndarray | None = None) -> list[States]:
         """This process' share of `n` roll-outs: their states, node by node from noise on.
 
-        `points`: numbers in [0, 1), one for each node, that decide for all walks who drives on from there; None: drawn.
+        `points` (nodes, n) or (nodes, 1): numbers in [0, 1) that decide who drives on from each node; None: drawn.
         """
         wheel, beta, visited, drivers = self.wheel, self.beta(step), [], [np.full(n, Origin.NOISE)]
         draws = self.source.draws("rollout", step, n=n)
@@ -208,7 +208,7 @@ class Rollout(Walks):
             for node in range(last + 1):
                 here, place = wheel.inside(here, node, draws)
                 drawn = draws.coins(beta, each=self.mixing == "sample")
-                coins = drawn if points is None else np.full(n, points[node] < beta)
+                coins = drawn if points is None else np.broadcast_to(points[node] < beta, n)
                 by_student, goes_on = coins[draws.rows], node < last
                 asked = self.label and (self.visit == "all" or not goes_on)
                 if asked or (goes_on and not by_student.all()):
