@@ -157,7 +157,7 @@ class Scaled(Gaussian):
 
 
 def test_long_stages_cost_what_reuse_says() -> None:
-    """A state that is trained on costs two evaluations of the teacher, divided by the reuse, where the reach is long."""
+    """A state costs two evaluations of the teacher, divided by the reuse, where the reach is long."""
     for nodes in (4, 8):
         beta = constant(0.5)
         mixture = stage(beta, 1000, nodes)
@@ -168,7 +168,7 @@ def test_long_stages_cost_what_reuse_says() -> None:
 
 
 def test_a_state_keeps_its_condition() -> None:
-    """The conditions number the walks: each state is served with the number, the clean data and the label of its own."""
+    """The conditions number the walks: each state is served with number, clean data and label of its own."""
     data = Numbered()
     student, exact = Shifted(), Shifted()
     teacher = Teacher(exact, uniform_grid(16), 2)
