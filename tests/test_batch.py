@@ -419,7 +419,7 @@ def test_ready_files_pass_the_check() -> None:
         os.chdir(here)
     assert {
         "reference",
-        "table1-sd15",
+        "sd15-coco",
         "tables2to4-sd15",
         "table5-inversion",
         "lcm-sd15",

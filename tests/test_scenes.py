@@ -54,6 +54,7 @@ def test_the_pipeline_is_distilled(tmp_path: Path) -> None:
     assert not alone(run_experiment, ROOT / "experiments/text2image.ipynb", parameters)
     rows = {(row["arm"], row["metric"]): row["mean"] for row in read_results(tmp_path)["rows"]}
     assert {arm for arm, _ in rows} == {
+        "teacher, 50 steps",
         "teacher, 32 steps",
         "teacher, 2 steps",
         "PD + DDIL",
@@ -66,7 +67,7 @@ def test_the_pipeline_is_distilled(tmp_path: Path) -> None:
     schedulers = {
         arm: type(
             diffusers.DiffusionPipeline.from_pretrained(
-                tmp_path / "exported" / arm / "seed-0", use_safetensors=True
+                tmp_path / "exported" / arm / "seed-0" / "pipeline", use_safetensors=True
             ).scheduler
         ).__name__
         for arm in ("PD-DDIL", "LCM-LoRA", "SFD")

@@ -104,8 +104,10 @@ class Setting:
     teacher_steps: int = 32
 
     def drawn(self, sampler: Sampler, method: str) -> Sampler:
-        """The sampler of a student of `method`, or of the "teacher", as this setting draws it."""
-        return replace(sampler, solver=self.samplers.get(method, sampler.solver))
+        """The sampler of a student of `method`, or of the "teacher", as this setting draws it. In one step there is
+        nothing to remember, and it stays as it is.
+        """
+        return replace(sampler, solver=self.samplers.get(method, sampler.solver)) if sampler.steps > 1 else sampler
 
     def width(self, size: int) -> int:
         """The size in which pictures of `size` pixels are judged."""
