@@ -68,7 +68,8 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"samples": 6},
     ),
     "scenes": (
-        {"pictures": 64, "reader_updates": 2, "clip_updates": 3, "vae_updates": 2, "updates": 2, "batch": 4, "samples": 40},
+        {"pictures": 64, "reader_updates": 2, "clip_updates": 3, "vae_updates": 2, "updates": 2, "batch": 4}
+        | {"samples": 40},
         {"clip_updates": 2},
         {"samples": 44},
     ),

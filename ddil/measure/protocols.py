@@ -107,7 +107,10 @@ class Setting:
         """The sampler of a student of `method`, or of the "teacher", as this setting draws it. In one step there is
         nothing to remember, and it stays as it is.
         """
-        return replace(sampler, solver=self.samplers.get(method, sampler.solver)) if sampler.steps > 1 else sampler
+        solver = self.samplers.get(method, sampler.solver)
+        if sampler.steps == 1 or solver == sampler.solver:
+            return sampler
+        return replace(sampler, solver=solver, solver_options={})
 
     def width(self, size: int) -> int:
         """The size in which pictures of `size` pixels are judged."""
