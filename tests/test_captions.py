@@ -29,7 +29,7 @@ from ddil.distil.doctor import _data
 from ddil.datasets import building
 from ddil.datasets.building import build_cache
 from ddil.datasets.cache import cache_content, CachedCaptions
-from ddil.datasets.captions import CaptionedImages, Entry, open_captions
+from ddil.datasets.captions import CaptionedImages, Captioned, open_captions
 from ddil.datasets.scenes import tiny_pipeline
 from ddil.models.pipeline import TextToImage
 from ddil.distil.problem import ModelOptions
@@ -369,7 +369,7 @@ def given(count: int = 40, broken: tuple[int, ...] = (), **options) -> Captioned
             raise OSError("a broken one")
         return Image.fromarray(pixels(i))
 
-    entries = [Entry(f"picture-{i}", CAPTIONS[i % 12], lambda i=i: picture(i)) for i in range(count)]
+    entries = [Captioned(f"picture-{i}", CAPTIONS[i % 12], lambda i=i: picture(i)) for i in range(count)]
     return CaptionedImages(lambda: entries, {"given": count, "broken": list(broken)}, SIZE, count=count, **options)
 
 
@@ -587,7 +587,7 @@ def test_what_half_precision_cannot_hold(tmp_path: Path) -> None:
     ):
         build_cache(tmp_path, given(), large, SIZE)
     assert build_cache(tmp_path, given(), large, SIZE, dtype="float32").conditions(np.arange(2)).max() == 1e6
-    entries = [Entry(str(i), f"{i}" + " and so on" * (10 * (i % 2) + 1)) for i in range(30)]
+    entries = [Captioned(str(i), f"{i}" + " and so on" * (10 * (i % 2) + 1)) for i in range(30)]
     with pytest.warns(UserWarning, match="15 of 30 distinct captions are longer") as told:
         data = build_cache(tmp_path, CaptionedImages(lambda: entries, {"long": 1}, count=30), Encoder(), None, part=7)
     assert len(told) == 1 and data.table["cut"] == 15

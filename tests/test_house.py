@@ -83,3 +83,28 @@ def test_lines_are_short() -> None:
     paths = [path for pattern in patterns for path in root.glob(pattern)]
     wide = [f"{path.relative_to(root)}: {line[:60]}…" for path in paths for line in code(path) if len(line) > 120]
     assert not wide, "\n".join(wide)
+
+
+TWICE = {
+    "main": "what a module does when it is run as a program",
+}
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """The public functions, classes and values that a module defines."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+        yield from (name for name in names if isinstance(name, str) and not name.startswith("_"))
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """One word for one thing: no two modules define a public name, but for the few that have a reason in TWICE."""
+    homes: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.glob("**/*.py")):
+        if path.name not in ("__init__.py", "_modidx.py"):
+            for name in public_names(path):
+                homes.setdefault(name, set()).add(path.relative_to(PACKAGE).as_posix())
+    shared = {name: places for name, places in homes.items() if len(places) > 1}
+    assert {name: sorted(places) for name, places in shared.items() if name not in TWICE} == {}
+    assert shared.keys() == TWICE.keys()  # a reason that is no longer needed goes

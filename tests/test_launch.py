@@ -41,7 +41,7 @@ from ddil.rollins.teacher import Teacher
 from ddil.training.parallel import make_accelerator
 from ddil.training.settings import Settings
 from ddil.training.checkpoints import latest_checkpoint
-from ddil.training.trainer import moments_of, Trainer
+from ddil.training.trainer import optimizer_states, Trainer
 
 # Adam divides gradients by their own size, and so enlarges the rounding of the smallest; training moves every weight by
 # 0.001 and more
@@ -136,7 +136,7 @@ def trainer(
 def learnt(run: Trainer) -> dict[str, Tensor]:
     """Raw, averaged and following weights, and the optimiser's state, whole (all processes ask)."""
     live = {name: kept(network) for name, network in run.learners.networks.items()}
-    live |= {"finished": run.finished().state_dict(), "optimiser": moments_of(run.learners)["optimizer-student"]}
+    live |= {"finished": run.finished().state_dict(), "optimiser": optimizer_states(run.learners)["optimizer-student"]}
     live |= {name: kept(follower.network, run.student) for name, follower in run.learners.followers.items()}
     return {
         f"{part} {name}": run.distribution.gathered(value)

@@ -46,7 +46,7 @@ from ddil.solvers import (
     tcd,
     walk,
 )
-from ddil.solvers.amed import AMED, insert_nodes, listening, train_amed
+from ddil.solvers.amed import AMED, insert_nodes, bottleneck_of, train_amed
 from ddil.solvers.gits import trajectory_costs
 from ddil.solvers.sampler import Sampler
 
@@ -269,7 +269,7 @@ def test_amed_listens_to_the_conditional_half() -> None:
     """Of a guided network's features, n of the condition and n of none, it takes the former."""
     teacher, labels = unet(), torch.tensor([3, 8])
     z = sample_noise([0, 1], (1, 8, 8), 0)
-    with listening(teacher) as features, torch.no_grad():
+    with bottleneck_of(teacher) as features, torch.no_grad():
         teacher(z, 0.5, labels)
         Guided(teacher, 2.0)(z, 0.5, labels)
     torch.testing.assert_close(features[1][:2], features[0], rtol=1e-4, atol=1e-5)

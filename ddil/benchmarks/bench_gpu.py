@@ -32,7 +32,7 @@ from ..training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['SD15', 'TINY', 'SSD1B', 'SIZES', 'WAYS', 'MEMORY', 'SCALE', 'PEAKS', 'plan_for', 'trainer_for', 'rehearsed',
-           'measured', 'ddil_over_pd', 'peak_of', 'measure', 'main']
+           'measured', 'ddil_over_pd', 'peak_of', 'measure_gpu', 'main']
 
 # %% ../../nbs/11_benchmarks/02_bench_gpu.ipynb #bfaf2155
 SD15 = dict(
@@ -209,7 +209,7 @@ def peak_of(size: str, plan: Plan, device: str) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), sum(estimate.values())
 
 
-def measure(
+def measure_gpu(
     size: str = "sd15", batch: int = 8, rounds: int = 10, updates: int = 100, flops: float | None = None
 ) -> dict:
     """Everything, with date and device. Raises ValueError without a GPU, but for the size "tiny"."""
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--output", help="a JSON file to write")
     given = parser.parse_args(arguments)
     try:
-        told = measure(given.size, given.batch, given.rounds, given.updates, given.flops)
+        told = measure_gpu(given.size, given.batch, given.rounds, given.updates, given.flops)
     except ValueError as error:
         sys.exit(str(error))
     print(json.dumps(told, indent=1))

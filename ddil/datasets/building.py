@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .cache import cache_content, cache_key, CachedCaptions, differing, mapped, PART
-from .captions import CaptionedImages, Entry, Item
+from .captions import CaptionedImages, Captioned, Item
 from .parts import aside_of, at_once, check_room, in_batches, in_parts, narrow, Read, read_ahead
 from .parts import save_array, sweep
 from ..files import seal, write_text
@@ -27,7 +27,7 @@ from ..models.family import parts_of
 from ..models.pipeline import TextToImage
 
 # %% auto #0
-__all__ = ['Result', 'POSTERIORS', 'DTYPES', 'Building', 'together', 'Counted', 'picture_part', 'picture_parts', 'collect',
+__all__ = ['Result', 'POSTERIORS', 'DTYPES', 'Building', 'together', 'CountedItems', 'picture_part', 'picture_parts', 'collect',
            'text_parts', 'text_part', 'write_table', 'bytes_of_text', 'bytes_of_cache', 'build_cache', 'built']
 
 # %% ../../nbs/08_datasets/06_building.ipynb #8c43122f
@@ -84,7 +84,7 @@ def together(work: Building, task: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in gathered]
 
 
-class Counted:
+class CountedItems:
     """An iterable of known length, for progress bars."""
 
     def __init__(self, things: Iterable, length: int | None):
@@ -125,7 +125,7 @@ class _Part:
             save_array(folder / "pictures.npy", np.array(self.pictures, np.int32))
 
 # %% ../../nbs/08_datasets/06_building.ipynb #be5f0925
-def picture_part(work: Building, folder: Path, entries: Iterable[Entry], pool: ThreadPoolExecutor) -> dict:
+def picture_part(work: Building, folder: Path, entries: Iterable[Captioned], pool: ThreadPoolExecutor) -> dict:
     """Read and encode one part into a folder. Returns its description, with what was dropped and skipped in it."""
     items, size = work.items, work.content["size"]
     before, skipped, seen, part = items.dropped.copy(), len(items.skipped), 0, _Part()
@@ -185,10 +185,10 @@ def _recall(work: Building, name: str) -> bool:
     return description is not None
 
 # %% ../../nbs/08_datasets/06_building.ipynb #3f4c4543
-def _shard(work: Building, shard: int, stream: Callable[[], Iterable[Entry]], turns: slice) -> list[str]:
+def _shard(work: Building, shard: int, stream: Callable[[], Iterable[Captioned]], turns: slice) -> list[str]:
     """Make those parts of a shard whose turn it is and that are not there. Returns the names of all its parts."""
     names, size, count = [], work.content["part"], work.items.count
-    parts = Counted(in_parts(stream(), size), None if count is None else -(-count // size))
+    parts = CountedItems(in_parts(stream(), size), None if count is None else -(-count // size))
     if len(work.items.streams()) == 1:
         parts = work.bar(parts, "pictures" if work.content["size"] else "captions")
     with ThreadPoolExecutor(work.workers) as pool:

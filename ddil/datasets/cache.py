@@ -23,7 +23,7 @@ from ..models.family import condition_of, LatentScale, time_ids
 from ..models.pipeline import TextToImage
 
 # %% auto #0
-__all__ = ['PART', 'FORMAT', 'cache_content', 'cache_key', 'differing', 'mapped', 'lacking', 'CacheFolder', 'gathered',
+__all__ = ['PART', 'FORMAT', 'cache_content', 'cache_key', 'differing', 'mapped', 'missing_part', 'CacheFolder', 'gathered',
            'checked_rows', 'CachedText', 'CachedCaptions']
 
 # %% ../../nbs/08_datasets/04_cache.ipynb #51fd368e
@@ -78,7 +78,7 @@ def mapped(path: str) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def lacking(place: str | Path) -> str:
+def missing_part(place: str | Path) -> str:
     """The first thing that a cache lacks, in words; nothing if it is complete."""
     place = Path(place)
     table = place / "table" / "sealed.json"
@@ -97,7 +97,7 @@ class CacheFolder:
 
     def __init__(self, folder: str | Path, expected: dict | None = None):
         self.folder = Path(folder)
-        if missing := lacking(self.folder):
+        if missing := missing_part(self.folder):
             raise ValueError(f"{folder} is no complete cache: {missing}. Build it again, which keeps what is there")
         self.content, self.table = (self._json(name) for name in ("content.json", "table/sealed.json"))
         if expected is not None and (other := differing(self.content, expected)):
@@ -220,7 +220,7 @@ class CachedCaptions(_Pictures):
     @staticmethod
     def complete(place: str | Path) -> bool:
         """Whether there is a complete cache in this folder."""
-        return not lacking(place)
+        return not missing_part(place)
 
     def conditions(self, rows: np.ndarray) -> Cond:
         """The conditions of some rows; SDXL's with the pooled embedding and the picture's sizes."""

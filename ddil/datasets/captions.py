@@ -30,7 +30,7 @@ from ..diffusion.noise import generator
 
 # %% auto #0
 __all__ = ['Opener', 'FILE_COLUMNS', 'CAPTION_COLUMNS', 'CAPTION_CHOICES', 'TABLES', 'LOOKED_FOR', 'FORMATS', 'FORMAT_OF_SUFFIX',
-           'Entry', 'Item', 'Dropped', 'square', 'rgb', 'opened', 'pictures', 'Books', 'items_of_group',
+           'Captioned', 'Item', 'Dropped', 'square', 'rgb', 'opened', 'pictures', 'Books', 'items_of_group',
            'CaptionedImages', 'Reading', 'recognised', 'open_captions']
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #89dba377
@@ -38,7 +38,7 @@ Opener = Callable[[], Image.Image]
 
 
 @dataclass
-class Entry:
+class Captioned:
     """A key, its caption (None: there is none) and a way to open its picture (None: captions alone). Neighbours
     that share one `open` share the picture. `stamp`: size and time of the file.
     """
@@ -117,9 +117,9 @@ def opened(
     return cut, (image.size[1], image.size[0]), crop
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #91f7b3f8
-def pictures(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def pictures(entries: Iterable[Captioned]) -> Iterator[list[Captioned]]:
     """Entries, those together that share one picture."""
-    group: list[Entry] = []
+    group: list[Captioned] = []
     for entry in entries:
         if group and (entry.open is None or entry.open is not group[0].open):
             yield group
@@ -170,7 +170,7 @@ class Books:
             raise ValueError(f"no items are left of {seen}: {reasons or 'the source is empty'}")
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #ae7302e8
-def items_of_group(group: Sequence[Entry], size: int | None, minimum_side: int) -> list[Item | Dropped]:
+def items_of_group(group: Sequence[Captioned], size: int | None, minimum_side: int) -> list[Item | Dropped]:
     """What becomes of entries that share one picture: of size × size pixels, or (size None) captions alone."""
     captioned = [entry for entry in group if (entry.caption or "").strip()]
     silent = [entry for entry in group if not (entry.caption or "").strip()]
@@ -196,14 +196,14 @@ class CaptionedImages(Books):
     known. Raises ValueError when more than `skip_limit` pictures had to be skipped (named), or when nothing is left.
     """
 
-    entries: Callable[[], Iterable[Entry]]
+    entries: Callable[[], Iterable[Captioned]]
     identity: dict
     size: int | None = None
     minimum_side: int = 0
     limit: int | None = None
     skip_limit: int = 0
     count: int | None = None
-    shards: Sequence[Callable[[], Iterable[Entry]]] = ()
+    shards: Sequence[Callable[[], Iterable[Captioned]]] = ()
     dropped: Counter = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
@@ -212,11 +212,11 @@ class CaptionedImages(Books):
             self.count = self.limit if self.count is None else min(self.limit, self.count)
         self.identity = {**self.identity, "size": self.size, "minimum side": self.minimum_side, "limit": self.limit}
 
-    def streams(self) -> list[Callable[[], Iterable[Entry]]]:
+    def streams(self) -> list[Callable[[], Iterable[Captioned]]]:
         """Where the entries come from: the shards, or all of them from one place, which ends at the limit."""
         return list(self.shards) if self.shards and self.limit is None else [lambda: islice(self.entries(), self.limit)]
 
-    def read(self, group: Sequence[Entry]) -> list[Item | Dropped]:
+    def read(self, group: Sequence[Captioned]) -> list[Item | Dropped]:
         """What becomes of entries that share one picture. It changes nothing, so threads may read at once."""
         return items_of_group(group, self.size, self.minimum_side)
 
@@ -245,7 +245,7 @@ class Reading:
     file_column: str | None = None
     caption_column: str | None = None
 
-    def entries(self, key: str, told: object, open: Opener | None, stamp: str = "") -> list[Entry]:
+    def entries(self, key: str, told: object, open: Opener | None, stamp: str = "") -> list[Captioned]:
         """The entries of a picture, of which a caption or several are told."""
         captions = [
             text.strip()
@@ -255,7 +255,7 @@ class Reading:
         if self.caption == "random" and captions:
             captions = [captions[generator(self.seed, "caption", key).integers(len(captions))]]
         return [
-            Entry(key, text, open if self.images else None, stamp)
+            Captioned(key, text, open if self.images else None, stamp)
             for text in (captions if self.caption == "all" else captions[:1]) or [None]
         ]
 
@@ -302,7 +302,7 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def _table(path: Path, reading: Reading) -> list[Entry]:
+def _table(path: Path, reading: Reading) -> list[Captioned]:
     """Entries of a .csv or .jsonl file; pictures are named relative to it."""
     rows, files, entries = _rows(path), {}, []
     if not rows:
@@ -316,7 +316,7 @@ def _table(path: Path, reading: Reading) -> list[Entry]:
     return entries
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #e1dcc41f
-def _beside(folder: Path, reading: Reading) -> list[Entry]:
+def _beside(folder: Path, reading: Reading) -> list[Captioned]:
     """Pictures with NAME.txt beside them."""
     entries = []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
@@ -326,16 +326,16 @@ def _beside(folder: Path, reading: Reading) -> list[Entry]:
     return entries
 
 
-def _lines(path: Path, reading: Reading) -> list[Entry]:
+def _lines(path: Path, reading: Reading) -> list[Captioned]:
     """A caption in every line that is not empty."""
     return [
-        Entry(str(number), line.strip())
+        Captioned(str(number), line.strip())
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
         if line.strip()
     ]
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #dba371dc
-def _coco(annotations: Path, reading: Reading) -> list[Entry]:
+def _coco(annotations: Path, reading: Reading) -> list[Captioned]:
     """COCO's layout: annotations/captions_NAME.json and the folder NAME beside `annotations`, or pictures beside
     the file.
     """
@@ -416,7 +416,7 @@ def _urls(source: str) -> list[str]:
     return urls
 
 # %% ../../nbs/08_datasets/03_captions.ipynb #ba74b4b1
-def _shard(url: str, reading: Reading) -> Iterator[Entry]:
+def _shard(url: str, reading: Reading) -> Iterator[Captioned]:
     """The entries of one of WebDataset's shards. Raises ValueError naming the shard if it breaks off."""
     every = lambda urls: urls  # who reads which shard is decided here, not there
     samples = iter(
@@ -512,7 +512,7 @@ def _picture(value: object, folder: Path) -> Image.Image:
     return _from_bytes(data)
 
 
-def _data_set_part(stream, number: int, count: int, reading: Reading, source: str) -> Iterator[Entry]:
+def _data_set_part(stream, number: int, count: int, reading: Reading, source: str) -> Iterator[Captioned]:
     """The entries of one of the files of a streamed data set."""
     folder, columns = Path(source) if Path(source).is_dir() else Path(source).parent, None
     for place, row in enumerate(stream if count == 1 else stream.shard(num_shards=count, index=number)):

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .captions import CaptionedImages, Dropped, Entry, Item, pictures
+from .captions import CaptionedImages, Dropped, Captioned, Item, pictures
 
 # %% auto #0
 __all__ = ['Read', 'in_parts', 'in_batches', 'read_ahead', 'at_once', 'narrow', 'save_array', 'aside_of', 'in_units', 'sweep',
            'check_room']
 
 # %% ../../nbs/08_datasets/05_parts.ipynb #c6dca22d
-def in_parts(entries: Iterable[Entry], size: int) -> Iterator[tuple[int, Iterator[Entry]]]:
+def in_parts(entries: Iterable[Captioned], size: int) -> Iterator[tuple[int, Iterator[Captioned]]]:
     """Numbered stretches of `size` entries, each consumed as it is read, or passed over."""
     entries = iter(entries)
     for number in count():
@@ -49,7 +49,9 @@ def in_batches(things: Iterable, size: int) -> Iterator[list]:
 Read = list[tuple[int, list[Item | Dropped]]]
 
 
-def read_ahead(items: CaptionedImages, entries: Iterable[Entry], size: int, pool: ThreadPoolExecutor) -> Iterator[Read]:
+def read_ahead(
+    items: CaptionedImages, entries: Iterable[Captioned], size: int, pool: ThreadPoolExecutor
+) -> Iterator[Read]:
     """Batches of `size` pictures, each with the number of its entries and what became of them."""
     waiting: list[tuple[int, Future]] = []
     for batch in in_batches(pictures(entries), size):

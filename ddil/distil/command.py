@@ -25,7 +25,7 @@ from ..solvers.sampler import Sampler
 from ..training.parallel import make_accelerator
 
 # %% auto #0
-__all__ = ['Owners', 'distil_options', 'plan_of', 'picture', 'finish', 'base_of', 'distil_command']
+__all__ = ['Owners', 'distil_options', 'plan_of', 'picture', 'finish', 'base_model', 'distil_command']
 
 # %% ../../nbs/09_distil/07_command.ipynb #4f8cc3ec
 Owners = dict[str, FieldText]  # an option's field in each form that has it, by the name of its method or problem
@@ -128,7 +128,7 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     note = ""
     if issubclass(kind_by_name(plan.problem).form, ModelOptions):
         try:
-            export_pipeline(student, base_of(plan), folder)
+            export_pipeline(student, base_model(plan), folder)
             how = f"the lines that draw with plain diffusers stand in {folder / 'README.md'}"
         except ValueError as error:
             student.save(folder)
@@ -140,7 +140,7 @@ def finish(plan: Plan, students: dict[int, Sampler]) -> Path:
     return folder
 
 
-def base_of(plan: Plan) -> TextToImage:
+def base_model(plan: Plan) -> TextToImage:
     """The text-to-image model that a plan distils."""
     options = kind_by_name(plan.problem).form(**plan.problem_options)
     return TextToImage.load(options.model or str(asset("scenes-pipeline")), options.revision)

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..datasets.building import build_cache
-from ..datasets.captions import CaptionedImages, Entry, open_captions
+from ..datasets.captions import CaptionedImages, Captioned, open_captions
 from ..datasets.digits import asset, digit_atoms, digits, digits_classifier
 from ..datasets.scenes import Scenes
 from ..diffusion.denoiser import Denoiser, map_cond
@@ -366,7 +366,7 @@ def scene_items(count: int, size: int | None, seed: int = 0, split: str = "train
     def picture(index: int) -> Image.Image:
         return Image.fromarray(to_bytes(world.images([index]))[0])
 
-    entries = lambda: (Entry(str(i), world.scene(i).caption, lambda i=i: picture(i)) for i in range(count))
+    entries = lambda: (Captioned(str(i), world.scene(i).caption, lambda i=i: picture(i)) for i in range(count))
     return CaptionedImages(
         entries, {"format": "scenes", "entries": count, "split": split, "seed": seed}, size, count=count
     )

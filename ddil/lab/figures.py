@@ -21,7 +21,7 @@ from .collate import MetricTable
 from ..measure.plots import COLOURS, Picture
 
 # %% auto #0
-__all__ = ['FEW', 'Curve', 'base_of', 'figure_of', 'png', 'is_cost', 'against_steps', 'against_cost', 'swept', 'sweeps']
+__all__ = ['FEW', 'Curve', 'plain_arm', 'figure_of', 'png', 'is_cost', 'against_steps', 'against_cost', 'swept', 'sweeps']
 
 # %% ../../nbs/10_lab/13_figures.ipynb #1517b1bc
 @dataclass
@@ -38,7 +38,7 @@ class Curve:
         return x, mean, np.nan_to_num(np.stack([mean - low, high - mean]))
 
 
-def base_of(arm: str) -> str:
+def plain_arm(arm: str) -> str:
     """The arm of which `arm` is a variant: "PD + DDIL" → "PD", with what is in brackets at the end kept."""
     name, bracket = re.fullmatch(r"(.*?)( \([^()]*\))?", arm).groups("")
     before, plus, _ = name.partition(" + ")
@@ -187,7 +187,7 @@ def _curves(rows: pd.DataFrame, x: str = "steps") -> list[Curve]:
     """One curve for each label of the rows, at `x`."""
     made: dict[str, Curve] = {}
     for label, place, mean, low, high in zip(rows["label"], rows[x], rows["mean"], rows["low"], rows["high"]):
-        made.setdefault(label, Curve(label, base_of(label))).points.append((place, mean, low, high))
+        made.setdefault(label, Curve(label, plain_arm(label))).points.append((place, mean, low, high))
     return list(made.values())
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Rows', 'Passes', 'rows_of', 'metric_name', 'Change', 'Figures', 'change_table', 'Experiment']
+__all__ = ['FigureRows', 'Passes', 'rows_of', 'metric_name', 'Change', 'Figures', 'change_table', 'Experiment']
 
 # %% ../../nbs/10_lab/06_frame.ipynb #1aa93875
 def _file_name(name: str) -> str:
@@ -53,7 +53,7 @@ class Passes:
         return made
 
 # %% ../../nbs/10_lab/06_frame.ipynb #3d2bce74
-Rows = Iterable[tuple[str, int, str, float]]
+FigureRows = Iterable[tuple[str, int, str, float]]
 
 
 def rows_of(arm: str, figures: Mapping[Any, Mapping[str, float]]) -> list[tuple[str, int, str, float]]:
@@ -103,7 +103,7 @@ class Figures:
     def __init__(self):
         self.values: dict[tuple[str, str, int, str], dict[int, float]] = {}
 
-    def add(self, group: str, seed: int, rows: Rows) -> None:
+    def add(self, group: str, seed: int, rows: FigureRows) -> None:
         """Take the rows (arm, steps, metric, value) of one seed."""
         for arm, steps, metric, value in rows:
             self.values.setdefault((group, arm, int(steps), metric), {})[seed] = value
@@ -192,7 +192,7 @@ class Experiment:
         group: str,
         arms: Sequence[str],
         seeds: Iterable[int],
-        make: Callable[[str, int], Rows],
+        make: Callable[[str, int], FigureRows],
         decides: Callable[[str, int], Mapping[str, Any]] = lambda arm, seed: {},
     ) -> None:
         """Measure every arm with every seed, or read what was kept. `make(arm, seed)` returns rows (arm, steps,

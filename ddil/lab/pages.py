@@ -31,7 +31,7 @@ from pygments.lexers import PythonLexer
 import ddil
 
 # %% auto #0
-__all__ = ['ASSETS', 'formula', 'Book', 'root_of', 'aside', 'dead_links', 'slug', 'notebook_cells', 'heading_of',
+__all__ = ['SITE_ASSETS', 'formula', 'Book', 'root_of', 'aside', 'dead_links', 'slug', 'notebook_cells', 'heading_of',
            'write_notebook']
 
 # %% ../../nbs/10_lab/14_pages.ipynb #76e8a299
@@ -84,7 +84,7 @@ def formula(latex: str, block: bool = False) -> str:
     return f'<div class="formula" tabindex="0">{made}</div>' if block else made
 
 # %% ../../nbs/10_lab/14_pages.ipynb #e6c6e6d8
-ASSETS = Path(ddil.__file__).parent / "assets" / "site"
+SITE_ASSETS = Path(ddil.__file__).parent / "assets" / "site"
 _MADE = ".ddil-pages"  # stands in every folder that we have made, and may replace
 
 # %% ../../nbs/10_lab/14_pages.ipynb #0c3930b8
@@ -102,12 +102,12 @@ class Book:
     entries: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.templates = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
+        self.templates = Environment(loader=FileSystemLoader(SITE_ASSETS), autoescape=True, trim_blocks=True)
         self.templates.globals["book"] = self
         self.stems = {path.stem: address for path, address in self.sources.items() if re.match(r"\d\d", path.stem)}
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("site.css", "site.js"):
-            shutil.copyfile(ASSETS / name, self.folder / name)
+            shutil.copyfile(SITE_ASSETS / name, self.folder / name)
         (self.folder / _MADE).write_text("made by ddil: replaced as a whole when it is made anew\n")
 
     def picture(self, content: bytes, suffix: str = ".png") -> str:

@@ -21,7 +21,7 @@ from .batch import Batch, BatchError, Run, code_cells, declared_parameters, read
 from ..forms import UnusableValues
 
 # %% auto #0
-__all__ = ['dry_run', 'verdicts', 'Checked', 'named_paths', 'check_batches']
+__all__ = ['dry_run', 'verdicts', 'CheckedBatches', 'named_paths', 'check_batches']
 
 # %% ../../nbs/10_lab/08_precheck.ipynb #abb66cb2
 def _calls_the_check(node: ast.AST) -> bool:
@@ -129,7 +129,7 @@ if __name__ == "__main__" and "__file__" in globals():  # started by `verdicts`;
 
 # %% ../../nbs/10_lab/08_precheck.ipynb #550e483a
 @dataclass(frozen=True)
-class Checked:
+class CheckedBatches:
     """Batches that passed the check; by a run's folder: what is `missing` on this machine, and the `plans` of
     text-to-image models.
     """
@@ -167,7 +167,7 @@ def _missing(run: Run, absent: Sequence[str]) -> list[str]:
     return lines + [line for line in absent if not any(f"'{path}'" in line for _, path in named)]
 
 # %% ../../nbs/10_lab/08_precheck.ipynb #c71501a2
-def check_batches(paths: Sequence[str | Path], folder: str | Path | None = None) -> Checked:
+def check_batches(paths: Sequence[str | Path], folder: str | Path | None = None) -> CheckedBatches:
     """Read and check batch files. Raises BatchError that lists all that is wrong with all runs of all of them."""
     if folder is not None and len(paths) > 1:
         raise BatchError(
@@ -191,7 +191,7 @@ def check_batches(paths: Sequence[str | Path], folder: str | Path | None = None)
     ]
     if problems:
         raise BatchError(dict.fromkeys(problems))
-    return Checked(
+    return CheckedBatches(
         batches,
         {run.folder: _missing(run, verdict["absent"]) for (_, run), verdict in zip(runs, said)},
         {run.folder: verdict["plans"] for (_, run), verdict in zip(runs, said)},

@@ -24,7 +24,7 @@ from .batch import Batch, BatchError, Run
 from .executors import Executor, Local, Slurm, Task
 from ..files import write_text
 from .job import Hashes, keep, last_line, move_aside, package_hash, run_parts, progress_of, read_json, standing
-from .precheck import Checked, check_batches
+from .precheck import CheckedBatches, check_batches
 
 # %% auto #0
 __all__ = ['Scheduler', 'duration', 'status_table', 'Screen', 'sole_runner', 'run_batches', 'expected_cost', 'intentions',
@@ -34,7 +34,7 @@ __all__ = ['Scheduler', 'duration', 'status_table', 'Screen', 'sole_runner', 'ru
 class Scheduler:
     """The tasks of checked batches on an executor. `retry`: whether failed ones are started again."""
 
-    def __init__(self, checked: Checked, executor: Executor, retry: bool = False):
+    def __init__(self, checked: CheckedBatches, executor: Executor, retry: bool = False):
         several = len(checked.batches) > 1
         self.tasks = [
             Task(run, batch, name=f"{batch.name}/{run.name}" if several else run.name)
@@ -201,7 +201,7 @@ def sole_runner(batches: Sequence[Batch]) -> Iterator[None]:
 
 # %% ../../nbs/10_lab/11_runner.ipynb #944c8996
 def run_batches(
-    checked: Checked,
+    checked: CheckedBatches,
     executor: Executor,
     retry: bool = False,
     show: Callable[[Sequence[Task]], None] | None = None,
@@ -258,7 +258,7 @@ def expected_cost(run: Run, plans: Sequence[dict] = ()) -> tuple[float | None, f
     return takes.minutes, takes.memory, "by the file" if takes.minutes or takes.memory else ""
 
 # %% ../../nbs/10_lab/11_runner.ipynb #4d0d31a0
-def intentions(checked: Checked, executor: Executor) -> str:
+def intentions(checked: CheckedBatches, executor: Executor) -> str:
     """What would be done, as text."""
     schedule, lines, total, unknown = Scheduler(checked, executor), [], 0.0, 0
     for task in schedule.tasks:
@@ -351,7 +351,7 @@ def batch_options(command: argparse.ArgumentParser) -> None:
         )
 
 # %% ../../nbs/10_lab/11_runner.ipynb #7d3e500e
-def _overridden(checked: Checked, given: argparse.Namespace) -> Checked:
+def _overridden(checked: CheckedBatches, given: argparse.Namespace) -> CheckedBatches:
     """The runs with the resources of the command line. Raises BatchError where --nodes is not what a run's own
     parameter says.
     """

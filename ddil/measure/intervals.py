@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion.noise import generator
 
 # %% auto #0
-__all__ = ['Values', 'Estimate', 'mean_interval', 'paired_difference', 'bootstrap_interval']
+__all__ = ['SeedValues', 'Estimate', 'mean_interval', 'paired_difference', 'bootstrap_interval']
 
 # %% ../../nbs/05_measure/01_intervals.ipynb #8b967980
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 # %% ../../nbs/05_measure/01_intervals.ipynb #4cda50b9
-Values = Mapping[int, float] | Sequence[float]  # by seed, or in the order of the seeds
+SeedValues = Mapping[int, float] | Sequence[float]  # by seed, or in the order of the seeds
 
 
-def paired_difference(a: Values, b: Values, level: float = 0.95) -> Estimate:
+def paired_difference(a: SeedValues, b: SeedValues, level: float = 0.95) -> Estimate:
     """Mean of b - a over the seeds that both arms were run on, with Student's interval.
 
     What a seed does to both cancels, so it is narrower than comparing two means. Raises ValueError unless the seeds (or

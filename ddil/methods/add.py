@@ -15,7 +15,7 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.wrappers import Guided, innermost
 from .adversary import Features, adversarial_loss_by_name, drift, judgement, pull
 from .base import Method, Networks, Turn, bare, check_guidance, weighted_error
-from .fakes import RealSamples, Waiting, data_for, frozen, judged_rightly, noised
+from .fakes import RealSamples, Waiting, data_for, frozen, judged_rightly, noised_at_random
 from ..rollins.states import States
 
 # %% auto #0
@@ -62,7 +62,7 @@ class TeacherTerm:
     @torch.no_grad()
     def target(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Where the samples (n, …) should be, and the weight of each, (n,) float64."""
-        noisy, t = noised(x, self.teacher.schedule, *self.times)
+        noisy, t = noised_at_random(x, self.teacher.schedule, *self.times)
         target, (alpha, sigma) = self.teacher(noisy, t, cond), self.teacher.schedule.alpha_sigma(t)
         if self.weighting == "nfsd":
             unguided = self.teacher.denoiser if isinstance(self.teacher, Guided) else self.teacher

@@ -21,11 +21,11 @@ from ..diffusion.schedule import Schedule, Time
 from ..rollins.states import Data, States
 
 # %% auto #0
-__all__ = ['noised', 'Delta', 'Known', 'posterior_mean', 'stand_for', 'Samples', 'Head', 'listening', 'Judged', 'judged',
-           'denoised_and_judged', 'judged_rightly', 'Critic', 'frozen', 'RealSamples', 'data_for', 'Waiting']
+__all__ = ['noised_at_random', 'Delta', 'Known', 'posterior_mean', 'stand_for', 'Samples', 'Head', 'listening_to', 'Judged',
+           'judged', 'denoised_and_judged', 'judged_rightly', 'Critic', 'frozen', 'RealSamples', 'data_for', 'Waiting']
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #274ed686
-def noised(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
+def noised_at_random(x: Tensor, schedule: Schedule, low: float = 0.001, high: float = 1.0) -> tuple[Tensor, Tensor]:
     """Samples (n, …) noised to times drawn uniformly from [low, high], and these times, (n,) float64.
 
     Torch's generator draws; the trainer seeds it for every update.
@@ -192,7 +192,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #97528f18
 @contextmanager
-def listening(denoiser: Denoiser, layer: str) -> Iterator[list[Tensor]]:
+def listening_to(denoiser: Denoiser, layer: str) -> Iterator[list[Tensor]]:
     """Within it, what `layer` says is added to the list it gives.
 
     Raises ValueError, naming the layers, if there is none of that name.
@@ -221,7 +221,7 @@ class Judged(Wrapper):
         """The clean estimates of all n states; with `judged` > 0 also the numbers, (judged,), of the last of them."""
         if not judged:
             return self.denoiser(z, t, cond)
-        with listening(self.denoiser, self.layer) as heard:
+        with listening_to(self.denoiser, self.layer) as heard:
             x_hat = self.denoiser(z, t, cond)
         return x_hat, self.head(heard[0][-judged:].to(next(self.head.parameters()).dtype))
 
@@ -235,7 +235,7 @@ def judged(denoiser: Denoiser, states: States, layer: str | None = None, seed: i
     if layer is None:
         name = type(innermost(denoiser)).__name__
         raise ValueError(f"{name} does not say which of its layers is narrowest: name one")
-    with torch.no_grad(), listening(denoiser, layer) as heard:
+    with torch.no_grad(), listening_to(denoiser, layer) as heard:
         denoiser(states.z[:1], states.t[:1], map_cond(lambda c: c[:1], states.cond))
     innermost(denoiser).evaluations = counted
     image = heard[0].ndim == 4
@@ -253,9 +253,9 @@ def denoised_and_judged(fake: nn.Module, x: Tensor, cond: Cond, data: tuple[Tens
     """
     schedule = bare(fake).schedule
     if data is None:
-        noisy, t = noised(x, schedule)
+        noisy, t = noised_at_random(x, schedule)
         return fake(noisy, t, cond), t
-    z, times = zip(noised(x, schedule), noised(x, schedule), noised(data[0], schedule))
+    z, times = zip(noised_at_random(x, schedule), noised_at_random(x, schedule), noised_at_random(data[0], schedule))
     conds = cat_cond([cond, cond, data[1]])
     x_hat, logits = fake(torch.cat(z), torch.cat(times), conds, judged=2 * len(x))
     made, true = logits.chunk(2)
@@ -311,7 +311,7 @@ class Critic(Delta):
     def persuade(self, networks: Networks, x: Tensor, cond: Cond) -> Tensor:
         """What the student minimises to be taken for data; the gradient reaches `x` and leaves the network alone."""
         with frozen(network := bare(networks["fake"])):
-            noisy, t = noised(x, network.schedule)
+            noisy, t = noised_at_random(x, network.schedule)
             return self._loss.student(network(noisy, t, cond, judged=len(x))[1])
 
 # %% ../../nbs/04_methods/08_fakes.ipynb #cdb8acd5

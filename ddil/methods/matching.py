@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond, Denoiser, coefficients, cast
 from .adversary import drift, pull
 from .base import Distance, Method, Networks, Turn, bare, check_distance, check_guidance, distance_between
-from .fakes import Delta, RealSamples, Waiting, noised
+from .fakes import Delta, RealSamples, Waiting, noised_at_random
 from ..solvers import ddim_update
 from ..rollins.states import States
 
@@ -63,7 +63,7 @@ class MatchingTerm:
     @torch.no_grad()
     def gradient(self, networks: Networks, x: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         """Of half the squared length of the move, averaged over all elements, at samples x (n, …); and what to log."""
-        noisy, t = noised(x, self.real.schedule, *self.times)
+        noisy, t = noised_at_random(x, self.real.schedule, *self.times)
         real = self.real(noisy, t, cond)
         fake, logs = self.fake.estimate(networks, noisy, t, cond, x)
         alpha, sigma = coefficients(self.real.schedule, t, x)

@@ -16,7 +16,7 @@ from ..rollins.teacher import Teacher
 from ..solvers.steps import ddim_target
 
 # %% auto #0
-__all__ = ['Progressive', 'Stage', 'halvings']
+__all__ = ['Progressive', 'Halving', 'halvings']
 
 # %% ../../nbs/04_methods/02_progressive.ipynb #937dcc1b
 class Progressive(Method):
@@ -42,7 +42,7 @@ class Progressive(Method):
 
 # %% ../../nbs/04_methods/02_progressive.ipynb #6350f65c
 @dataclass(frozen=True)
-class Stage:
+class Halving:
     """One halving: a teacher of `teacher_steps` makes a student of `student_steps`."""
 
     teacher_steps: int
@@ -52,11 +52,11 @@ class Stage:
         return f"{self.teacher_steps} → {self.student_steps}"
 
 
-def halvings(steps: Sequence[int]) -> list[Stage]:
+def halvings(steps: Sequence[int]) -> list[Halving]:
     """The stages of a list such as [16, 8, 4, 2, 1]. Raises ValueError naming the pair that does not halve."""
     if len(steps) < 2 or not all(isinstance(count, int) and count >= 1 for count in steps):
         raise ValueError(f"stages are at least two whole numbers of steps, such as [16, 8, 4], not {list(steps)}")
     for before, after in zip(steps, steps[1:]):
         if before != 2 * after:
             raise ValueError(f"steps must halve at every stage, but {before} → {after} does not (in {list(steps)})")
-    return [Stage(before, after) for before, after in zip(steps, steps[1:])]
+    return [Halving(before, after) for before, after in zip(steps, steps[1:])]

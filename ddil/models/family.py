@@ -22,7 +22,7 @@ from .unet import NetworkDenoiser, TextDenoiser
 from ..solvers.sampler import Sampler
 
 # %% auto #0
-__all__ = ['Pair', 'UNET_LORA_TARGETS', 'FAMILIES', 'one_encoder', 'two_encoders', 'time_ids', 'Prompts', 'parts_of',
+__all__ = ['SizePair', 'UNET_LORA_TARGETS', 'FAMILIES', 'one_encoder', 'two_encoders', 'time_ids', 'Prompts', 'parts_of',
            'condition_of', 'LatentScale', 'Latents', 'levels', 'Family', 'latent_shape', 'unet_denoiser']
 
 # %% ../../nbs/07_models/03_family.ipynb #af7ea53e
@@ -38,10 +38,12 @@ def two_encoders(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> dict[s
     return {"embeddings": embeddings, "text_embeds": outputs[1].text_embeds}
 
 
-Pair = tuple[int, int]
+SizePair = tuple[int, int]
 
 
-def time_ids(n: int, size: int, original: Sequence[Pair] | None = None, crop: Sequence[Pair] | None = None) -> Tensor:
+def time_ids(
+    n: int, size: int, original: Sequence[SizePair] | None = None, crop: Sequence[SizePair] | None = None
+) -> Tensor:
     """(n, 6): SDXL is told height and width of the original pictures, top and left of the crop, height and width
     asked for.
     """

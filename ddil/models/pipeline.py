@@ -27,7 +27,7 @@ from .unet import NetworkDenoiser
 
 # %% auto #0
 __all__ = ['Device', 'ModelFolder', 'defaults_of', 'config_of', 'index_of', 'scheduler_config', 'check_types', 'Parts',
-           'unknown_inputs', 'identity_of', 'Encoders', 'TextToImage']
+           'unknown_inputs', 'identity_of_parts', 'Encoders', 'TextToImage']
 
 # %% ../../nbs/07_models/04_pipeline.ipynb #c8a60d04
 Device = str | torch.device
@@ -222,7 +222,7 @@ def _bare(folder: ModelFolder, dtype: torch.dtype, device: Device) -> dict:
     return {"network": _network(folder, "", kind, dtype, device), "scheduler": assumed}
 
 # %% ../../nbs/07_models/04_pipeline.ipynb #7a7ae1b9
-def identity_of(model: Parts, parts: Sequence[str] | None = None) -> dict:
+def identity_of_parts(model: Parts, parts: Sequence[str] | None = None) -> dict:
     """The kind of a model, hashes of the weights of its `parts` (None: all: the network under its own name, "vae",
     "text"), and what decides the rest.
     """
@@ -299,5 +299,5 @@ class TextToImage(Encoders):
         return latent_shape(self.family, size, self.network.config, self.pictures.factor)
 
     def identity(self, parts: Sequence[str] | None = None) -> dict:
-        """See `identity_of`."""
-        return identity_of(self, parts)
+        """See `identity_of_parts`."""
+        return identity_of_parts(self, parts)

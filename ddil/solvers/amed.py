@@ -24,11 +24,11 @@ from . import ODE_SOLVERS, ddim, ddim_update, euler_update, noise_estimate, solv
 from .steps import Memory, Solver, between, choose, finite_ends, sigma_over_alpha, time_of, walk
 
 # %% auto #0
-__all__ = ['listening', 'StepPredictor', 'AMED', 'insert_nodes', 'train_amed']
+__all__ = ['bottleneck_of', 'StepPredictor', 'AMED', 'insert_nodes', 'train_amed']
 
 # %% ../../nbs/02_solvers/06_amed.ipynb #76702b06
 @contextmanager
-def listening(denoiser: Denoiser) -> Iterator[list[Tensor]]:
+def bottleneck_of(denoiser: Denoiser) -> Iterator[list[Tensor]]:
     """Yields a list, into which go the bottleneck features, (n, positions), of each evaluation of the network."""
     features: list[Tensor] = []
     middle = getattr(getattr(innermost(denoiser), "network", None), "mid_block", None)
@@ -135,7 +135,7 @@ class AMED(StepPredictor):
         base, finite = ODE_SOLVERS[self.options["base"] or "ddim"], finite_ends(denoiser, t, s, z)
         if finite is False:
             return base(denoiser, z, t, s, cond, memory)
-        with listening(denoiser) as features:
+        with bottleneck_of(denoiser) as features:
             x_hat = denoiser(z, t, cond)
         sigma_t, sigma_s = sigma_over_alpha(denoiser, t, z), sigma_over_alpha(denoiser, s, z)
         r, c, a = self.predict(features[0] if features else None, sigma_t, sigma_s, z)
@@ -288,7 +288,7 @@ def _start(
 
 def _positions(denoiser: Denoiser, z: Tensor, cond: Cond, t: float) -> int:
     """The number of positions of the bottleneck."""
-    with listening(denoiser) as features, torch.no_grad():
+    with bottleneck_of(denoiser) as features, torch.no_grad():
         denoiser(z, t, cond)
     return features[0].shape[1] if features else 0
 

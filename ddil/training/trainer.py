@@ -27,8 +27,8 @@ from .parallel import optimizer_tensors, Replicated, trained
 from .settings import checkpoint_gradients, make_optimizer, Settings
 
 # %% auto #0
-__all__ = ['accumulate', 'Learners', 'weights_of', 'moments_of', 'restore', 'Training', 'checkpoints_of', 'remember', 'resume',
-           'Recorded', 'Trainer']
+__all__ = ['accumulate', 'Learners', 'weights_of', 'optimizer_states', 'restore', 'Training', 'checkpoints_of', 'remember',
+           'resume', 'Recorded', 'Trainer']
 
 # %% ../../nbs/06_training/07_trainer.ipynb #15d828b2
 def accumulate(
@@ -110,7 +110,7 @@ def weights_of(learners: Learners) -> dict[str, dict[str, Tensor]]:
     return weights if learners.average is None else weights | {"average": learners.average.tensors}
 
 
-def moments_of(learners: Learners) -> dict[str, dict[str, Tensor]]:
+def optimizer_states(learners: Learners) -> dict[str, dict[str, Tensor]]:
     """The states of the optimisers, by file."""
     parts = ((name, optimizer, learners.parameters[name]) for name, optimizer in learners.optimizers.items())
     return {f"optimizer-{name}": optimizer_tensors(optimizer, own) for name, optimizer, own in parts}
@@ -171,7 +171,7 @@ def checkpoints_of(run: Training) -> Checkpoints:
 
 def remember(run: Training) -> None:
     """Write a checkpoint of a run."""
-    shared, scaler = {**weights_of(run.learners), **moments_of(run.learners)}, run.accelerator.scaler
+    shared, scaler = {**weights_of(run.learners), **optimizer_states(run.learners)}, run.accelerator.scaler
     memory = run.method.state_dict()
     own = {"rollin": {**run.rollin.state_dict(), **run.counts.state_dict()}, **({"method": memory} if memory else {})}
     notes = {"seconds": run.seconds, "scaler": None if scaler is None else scaler.state_dict()}
