@@ -30,7 +30,7 @@ from ..words import did_you_mean
 
 # %% auto #0
 __all__ = ['SharePair', 'SolverName', 'SMALL', 'OF_COLLECTED', 'PRESETS', 'WhoseStates', 'HowLong', 'What', 'Where', 'PlanValues',
-           'CheckedValues', 'Plan', 'flat', 'decisive', 'collects', 'preset', 'read_plan', 'write_plan']
+           'CheckedValues', 'Plan', 'flat', 'decisive', 'collects', 'preset', 'read_plan', 'as_published', 'write_plan']
 
 # %% ../../nbs/09_distil/03_plan.ipynb #147c8059
 SharePair = tuple[Probability, Probability]
@@ -82,6 +82,12 @@ class What(Form):
         "measured", description="of reflection: a number, or measured on the problem's data"
     )
     teacher_solver: SolverName = Field("ddim", description="that the first teacher walks with")
+    prediction: Literal["teacher", "eps", "v", "x"] = Field(
+        "teacher", description="what the student's network says; if it begins by saying another: it is converted first"
+    )
+    conversion_updates: Count | None = Field(
+        None, description="updates of a conversion; none: as many as of the first stage"
+    )
     sampler: SolverName | None = Field(
         None, description="that students are sampled with, however they are trained; none: the method's own"
     )
@@ -250,6 +256,16 @@ class CheckedValues(PlanValues):
             )
 
     @rule
+    def risen(self) -> Iterable[str]:
+        """The rate has risen before a stage ends."""
+        least = min(self.stage_updates, default=0)
+        if self.warm_up and self.warm_up >= least:
+            yield (
+                f"warm_up = {self.warm_up}: a stage has {least} updates, so that the rate would never be "
+                "reached: choose fewer, or more updates"
+            )
+
+    @rule
     def together(self) -> Iterable[str]:
         """Adapters go together with the rest."""
         if self.adapters == "lora" and self.compile_teacher:
@@ -315,6 +331,7 @@ class Plan(CheckedValues):
         needless = {"bound"} if values["reflection"] == "off" else set()
         needless |= {"alpha"} if values["adapters"] == "full" else set()
         needless |= set() if collects(values.get("collected", 0)) else OF_COLLECTED
+        needless |= {"conversion_updates"} if values["prediction"] == "teacher" else set()
         return Plan(**{name: value for name, value in values.items() if name in changes or name not in needless})
 
     def flat(self) -> dict[str, Any]:
@@ -342,6 +359,7 @@ def flat(plan: Plan) -> dict[str, Any]:
     """All values of a plan as they are written in a file; what the method or the plan has no use for is left out."""
     unused = set(WhoseStates.model_fields) if plan.entry.ddil else set() if any(plan.collected) else OF_COLLECTED
     unused |= {"bound"} if plan.reflection == "off" else set()
+    unused |= {"conversion_updates"} if plan.prediction == "teacher" else set()
     values = {
         name: value for name, value in plan.model_dump().items() if name not in unused and not name.endswith("_options")
     }
@@ -362,6 +380,7 @@ def decisive(plan: Plan) -> dict[str, Any]:
     } - {"precision"}
     free |= set() if plan.adapters == "lora" else {"rank", "alpha"}
     free |= {"bound"} if plan.reflection == "off" else set()
+    free |= {"prediction", "conversion_updates"} if plan.prediction == "teacher" else set()
     free |= {"sampler"} if plan.sampler in (None, plan.entry.solver) else set()
     free |= set() if any(plan.collected) else OF_COLLECTED
     values = {name: value for name, value in plan.model_dump().items() if name not in free}
@@ -406,6 +425,11 @@ def _ignored(entry: Entry, kind: Kind | None, values: Mapping[str, Any]) -> Iter
             for name in ("alpha",)
             if values.get(name) is not None
         )
+    if values.get("prediction", "teacher") == "teacher" and values.get("conversion_updates") is not None:
+        yield (
+            f"conversion_updates = {values['conversion_updates']!r}: only a conversion has them: add prediction = 'v', "
+            "or leave it out"
+        )
     if understand(values.get("reflection"), What.model_fields["reflection"].annotation) == "off" and "bound" in values:
         yield f"bound = {values['bound']!r}: only reflection has one: add reflection = 'static', or leave it out"
 
@@ -425,7 +449,7 @@ def _numbers(value: Any) -> list[float]:
         return [1.0]
 
 
-OF_COLLECTED = set(WhoseStates.model_fields) - {"collected"}  # what only they have
+OF_COLLECTED = frozenset(WhoseStates.model_fields) - {"collected"}  # what only they have
 
 
 def collects(collected: Any) -> bool:
@@ -467,6 +491,7 @@ PRESETS: dict[str, dict] = {
         guidance_scale=7.5,
         updates=10000,
         batch=64,
+        prediction="v",
         learning_rate=1e-5,
         precision="bf16",
         gradient_checkpointing=True,
@@ -479,6 +504,7 @@ PRESETS: dict[str, dict] = {
         guidance_scale=7.5,
         updates=10000,
         batch=32,
+        prediction="v",
         learning_rate=1e-5,
         precision="bf16",
         gradient_checkpointing=True,
@@ -528,6 +554,8 @@ def preset(name: str, /, **changes: Any) -> Plan:
     known = dict(PRESETS[name])
     if faults := _complaint(lambda: method_by_name(changes.get("method", "progressive"))):
         raise UnusableValues("the plan", faults)
+    if changes.get("adapters") == "lora" and known.get("adapters") != "lora":
+        known.pop("prediction", None)  # adapters keep that of the network that they sit on
     if "method" in changes and method_by_name(changes["method"]).name != known.get("method", "progressive"):
         own = method_by_name(known.get("method", "progressive")).options.model_fields
         known = {key: value for key, value in known.items() if key not in own}
@@ -553,6 +581,8 @@ def _overruled(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
     """The plan of a YAML or JSON file, which may name a preset, with some changes. Raises UnusableValues,
     FileNotFoundError.
+
+    `as_published` among the values: the numbers of the method's paper, over the preset's and under those that are said.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -570,7 +600,16 @@ def read_plan(path: str | Path | None = None, **changes: Any) -> Plan:
             )
     values = _overruled({str(name): value for name, value in values.items()}, changes)
     name = values.pop("preset", None)
+    if understand(values.pop("as_published", False), bool):
+        values = {**as_published(values.get("method", PRESETS.get(name, {}).get("method", "progressive"))), **values}
     return preset(name, **values) if name else Plan(**values)
+
+
+def as_published(method: str) -> dict[str, Any]:
+    """What a method's paper says instead of our defaults, as values of a plan. Raises UnusableValues."""
+    if faults := _complaint(lambda: method_by_name(method)):
+        raise UnusableValues("the plan", faults)
+    return dict(method_by_name(method).published)
 
 
 def write_plan(plan: Plan) -> str:

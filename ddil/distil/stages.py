@@ -21,31 +21,33 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..diffusion.denoiser import Denoiser, map_cond, split_inputs
 from ..diffusion.noise import Shard, Source
-from ..diffusion.wrappers import Guided, Told, innermost
+from ..diffusion.wrappers import Guided, Told, Wrapper, innermost
 from .menu import MENU, Entry, NEEDS, Stage
-from .plan import Plan, decisive, read_plan, write_plan
+from .plan import Plan, WhoseStates, decisive, read_plan, write_plan
 from .problem import Bar, Problem, check_problem, has_pictures, kind_by_name, no_bar
 from ..files import write_text
 from ..measure.distances import density_coverage
 from ..methods.base import Method, check_guidance
 from ..models.adapters import export_adapters, roles
+from ..models.prediction import fit_output, gap_by_time, output_layer, with_prediction
 from ..models.unet import NetworkDenoiser, TextDenoiser
 from ..rollins.data import GuidanceRange
-from ..rollins.states import RollIn
+from ..rollins.replay import walks_of
+from ..rollins.states import RollIn, States
 from ..rollins.teacher import Teacher
 from ..solvers import sample, solver_by_name
 from ..solvers.sampler import Sampler
 from ..training.best import Watch
 from ..training.launch import launch
-from ..training.parallel import make_accelerator
+from ..training.parallel import filled, form_of, make_accelerator
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 from ..words import progress
 
 # %% auto #0
-__all__ = ['entry_of', 'unmet_needs', 'states_of_data', 'check', 'at_any_scale', 'taught_scale', 'settled', 'Ready', 'begin_as',
-           'stage_of', 'identity_of', 'watch_of', 'distil', 'handed_on', 'train_stage', 'make_ready', 'sampler_of',
-           'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
+__all__ = ['entry_of', 'unmet_needs', 'converts', 'states_of_data', 'check', 'at_any_scale', 'taught_scale', 'settled', 'Ready',
+           'begin_as', 'stage_of', 'identity_of', 'watch_of', 'conversion_of', 'converted', 'distil', 'handed_on',
+           'train_stage', 'make_ready', 'sampler_of', 'load_stage', 'make_problem', 'needs_pictures', 'carry_out']
 
 # %% ../../nbs/09_distil/04_stages.ipynb #23c3409a
 def entry_of(plan: Plan, index: int) -> Entry:
@@ -102,12 +104,37 @@ def _unsuited(entry: Entry, problem: Problem, plan: Plan) -> Iterator[str]:
         yield "any_scale: the teacher is not guided, so there are no guidance scales to choose among"
     elif at_any_scale(plan) and not problem.unguided.knows_null:
         yield f"any_scale: needs {NEEDS['null condition']}"
+    if converts(problem, plan):
+        yield from _inconvertible(problem, plan)
     named = plan.reflection != "off" and plan.bound != "measured" and has_pictures(problem)
     if named and problem.reach.usual > plan.bound:
         yield (
             f"bound = {plan.bound:g}: one in a thousand of the data's numbers lies beyond {problem.reach.usual:.3g}, "
             f"and reflection would clip them: leave the bound out, which measures {problem.reach.bound:g}, or set "
             "reflection = 'off'"
+        )
+
+# %% ../../nbs/09_distil/04_stages.ipynb #d726af44
+def converts(problem: Problem, plan: Plan) -> bool:
+    """Whether the student is to predict otherwise than the network that it begins as."""
+    return plan.prediction not in ("teacher", innermost(problem.student).prediction)
+
+
+def _inconvertible(problem: Problem, plan: Plan) -> Iterator[str]:
+    """Why the student cannot begin with a conversion."""
+    student, asked = innermost(problem.student), f"prediction = {plan.prediction!r}"
+    if plan.adapters == "lora":
+        yield (
+            f"{asked}: adapters sit on the teacher's own network, whose output layer says {student.prediction} and is "
+            "not theirs to change: choose adapters = 'full', or prediction = 'teacher'"
+        )
+    if not isinstance(student, NetworkDenoiser):
+        yield f"{asked}: a {type(student).__name__} predicts nothing else than it does: leave it out"
+    alpha, sigma = student.schedule.alpha_sigma(problem.grid(plan.stages[0])[:1])
+    if plan.prediction == "eps" and sigma > 1000 * alpha:
+        yield (
+            f"{asked}: at the noisiest time the clean estimate has {float(sigma / alpha):.0f} times the error of eps: "
+            "choose 'v' or 'x'"
         )
 
 # %% ../../nbs/09_distil/04_stages.ipynb #185f047a
@@ -181,6 +208,11 @@ class Ready:
         return {name: copy.deepcopy(self.stage.student).eval().requires_grad_(False) for name in self.method.followers}
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of that solver: the entry's, if it is the entry's own."""
+        return self.entry.sampling(self.stage.options) if self.sampler == self.entry.solver else {}
+
+    @property
     def grid(self) -> Tensor:
         """The times at which the student is sampled."""
         return self.stage.teacher.student_grid
@@ -212,7 +244,7 @@ def _denoisers(
     student.guidance_distilled = (base.guidance_distilled or guided) and not at_any_scale(plan)
     if at_any_scale(plan):
         teacher = unguided
-    if before is None and "guidance_scale" in inputs:
+    if before is None and "guidance_scale" in entry.inputs(options):
         teacher = Guided(unguided, None)
     present = plan.entry.present
     return present(student), present(teacher), present(unguided)
@@ -259,7 +291,7 @@ def stage_of(
         source,
         None if entry.ddil else plan.ddil,
         plan.options,
-        entry.solver,
+        entry.step(plan.options),
         _beginner(base, plan),
         plan.adapters == "lora",
         problem.features,
@@ -307,7 +339,8 @@ def watch_of(plan: Plan, ready: Ready, data, scale: float | None = None, count: 
         raise ValueError(
             "watch_every compares samples with the data's pictures, and this data has captions alone: set it to 0"
         )
-    cond, solver = map_cond(lambda c: c.to(stage.student.device), cond), solver_by_name(ready.sampler)
+    cond = map_cond(lambda c: c.to(stage.student.device), cond)
+    solver = solver_by_name(ready.sampler, **ready.sampling)
 
     def figures(student: Denoiser) -> dict[str, float]:
         student = ready.entry.finished(student, len(ready.grid) - 1, scale)
@@ -318,6 +351,75 @@ def watch_of(plan: Plan, ready: Ready, data, scale: float | None = None, count: 
         return {"density": both["density"], "coverage": both["coverage"]}
 
     return Watch(figures, plan.watch_every, "coverage")
+
+# %% ../../nbs/09_distil/04_stages.ipynb #a3a16bc8
+def conversion_of(problem: Problem, plan: Plan) -> Plan:
+    """The plan of the stage before the first: `guidance`, in as many steps as the teacher takes."""
+    first, options = plan.stages[0], plan.options.model_dump()
+    left = {*plan.method_options, *WhoseStates.model_fields, "prediction", "conversion_updates", "sampler"}
+    kept = {name: value for name, value in plan.flat().items() if name not in left}
+    kept |= {name: options[name] for name in MENU["guidance"].options.model_fields if options.get(name) is not None}
+    states = {"collected": (0.0, 0.0)}
+    if not has_pictures(problem):
+        capacity = max(plan.capacity, walks_of(plan.batch, first) * first)
+        states = {"collected": (1.0, 1.0), "beta": (0.0, 0.0), "capacity": capacity}
+    updates = plan.conversion_updates or plan.stage_updates[0]
+    own = {"method": "guidance", "stages": (first, first), "updates": updates, "watch_every": 0}
+    return Plan(**{**kept, **own, **states})
+
+
+def _begun(problem: Problem, plan: Plan) -> Problem:
+    """The problem of a conversion: its student's weights are read as the prediction that the plan asks for."""
+    student = with_prediction(innermost(problem.student), plan.prediction)
+    teacher = problem.unguided if at_any_scale(plan) else problem.teacher
+    return replace(problem, student=student, teacher=teacher, guidance_scale=taught_scale(problem, plan))
+
+# %% ../../nbs/09_distil/04_stages.ipynb #4b10f5a2
+def _taught(ready: Ready, count: int = 8) -> Iterator[tuple[States, Tensor]]:
+    """Some batches of a stage's states, each with its teacher's clean estimates."""
+    for step in range(count):
+        states = ready.rollin.sample(ready.settings.batch, step)
+        with torch.no_grad():
+            yield states, ready.stage.teacher.denoiser(states.z, states.t, states.cond)
+
+
+def _fitted(begin: Problem, asked: Plan) -> dict[str, float]:
+    """Fit the output layer of a conversion's student. Returns how far it is then from its teacher, by time."""
+    ready = stage_of(begin, asked)
+    student = innermost(ready.stage.student)  # a copy, which may take further inputs
+    if fit_output(student, _taught(ready)):
+        output_layer(begin.student.network).load_state_dict(output_layer(student.network).state_dict())
+    return _gap(begin, asked, ready.stage.student)
+
+
+def _gap(begin: Problem, asked: Plan, student: Denoiser) -> dict[str, float]:
+    """How far a student is from its teacher, by time, at states that are not trained on."""
+    elsewhere = asked.but(seed=asked.seed + 1)
+    return gap_by_time(student.eval(), _taught(stage_of(begin, elsewhere)))
+
+# %% ../../nbs/09_distil/04_stages.ipynb #3ad1be62
+def converted(
+    problem: Problem, plan: Plan, folder: str | Path, accelerator: Accelerator | None = None, bar: Bar = no_bar
+) -> Problem:
+    """The problem with a student that predicts what the plan says, after a conversion if it begins by another.
+
+    Raises ValueError, before anything is computed, for what cannot be converted.
+    """
+    if not converts(problem, plan):
+        return problem
+    plan = settled(problem, plan)
+    begin, asked, place = _begun(problem, plan), conversion_of(problem, plan), Path(folder) / "conversion"
+    told = place / "gap.json"
+    gap = {} if told.is_file() else {"before": _fitted(begin, asked)}
+    made = distil(begin, asked, place, accelerator, bar)[plan.stages[0]]
+    student = handed_on(made.denoiser)
+    if gap:
+        gap["after"] = _gap(begin, asked, student)
+        if accelerator is None or accelerator.is_main_process:
+            write_text(told, json.dumps(gap, indent=1))
+    about = {"from": innermost(problem.student).prediction, "to": plan.prediction, "updates": asked.updates}
+    notes = {"conversion": {**about, "gap": gap or json.loads(told.read_text())}}
+    return replace(problem, student=innermost(student), notes={**problem.notes, **notes})
 
 # %% ../../nbs/09_distil/04_stages.ipynb #f7756624
 def distil(
@@ -339,6 +441,7 @@ def distil(
     on_cpu = plan.device == "cpu" or problem.student.device.type == "cpu"
     accelerator = accelerator or make_accelerator("cpu" if on_cpu else "auto", plan.precision)
     plan = settled(problem, _as_launched(plan, accelerator.num_processes))
+    problem = converted(problem, plan, folder, accelerator, bar)
     students: dict[int, Sampler] = {}
     before: Denoiser | None = None
     for index, steps in enumerate(plan.pairs):
@@ -351,11 +454,15 @@ def distil(
 
 
 def handed_on(denoiser: Denoiser) -> Denoiser:
-    """A student as the next stage's teacher: not guided, and told its number of steps, but no scale: each row has its
-    own.
+    """A student as the next stage's teacher: without guidance of its own, and told its number of steps, but no scale:
+    each row has its own.
     """
-    student = denoiser.denoiser if isinstance(denoiser, Guided) else denoiser
-    return student.denoiser if isinstance(student, Told) and "guidance_scale" in student.values else student
+    if not isinstance(denoiser, Wrapper):
+        return denoiser
+    student = handed_on(denoiser.denoiser)
+    if isinstance(denoiser, Guided) or isinstance(denoiser, Told) and "guidance_scale" in denoiser.values:
+        return student
+    return type(denoiser).restored(student, **denoiser.saved())
 
 
 def _as_launched(plan: Plan, processes: int) -> Plan:
@@ -380,6 +487,7 @@ def train_stage(
     shard = Shard(accelerator.process_index, accelerator.num_processes)
     ready = stage_of(problem, plan, index, before, shard, place)
     make_ready(plan, ready)
+    forms = {name: form_of(ready.method.networks[name]) for name in ready.entry.beside}
     steps = plan.pairs[index]
     text = f"{plan.method}, {steps[0]} to {steps[1]} steps"
     trainer = Trainer(
@@ -397,10 +505,13 @@ def train_stage(
         write_text(place.parent / "plan.yaml", write_plan(plan))
     trainer.fit()
     sampler = sampler_of(problem, plan, ready, trainer, text)
+    others = {name: _whole(form, trainer, name) for name, form in forms.items()}
     if accelerator.is_main_process:
         if plan.adapters == "lora" and index == 0:
             _leave_adapters(sampler, problem, place / "lora")
         sampler.save(place / "student")
+        for name, network in others.items():
+            replace(sampler, denoiser=network, solver="ddim", solver_options={}, guidance_scale=None).save(place / name)
         if trainer.watch is not None:
             best = ready.entry.finished(trainer.best(), steps[1], problem.guidance_scale)
             replace(
@@ -408,6 +519,13 @@ def train_stage(
             ).save(place / "best")
     accelerator.free_memory()  # else accelerate keeps every stage's networks
     accelerator.wait_for_everyone()
+
+
+def _whole(form: Denoiser, trainer: Trainer, name: str) -> Denoiser:
+    """A copy of a network that learned beside the student, in evaluation mode, whole on each process (all must ask)."""
+    network = trainer.learners.networks[name]
+    tensors = {key: trainer.distribution.gathered(value) for key, value in network.state_dict().items()}
+    return filled(form, tensors, network.device)
 
 
 def _leave_adapters(sampler: Sampler, problem: Problem, folder: Path) -> None:
@@ -446,10 +564,11 @@ def sampler_of(problem: Problem, plan: Plan, ready: Ready, trainer: Trainer, tex
         "cost": cost,
         "roll-in": ready.rollin.log(),
         "served otherwise than asked": ready.rollin.complaints(),
+        **problem.notes,
     }
     student = ready.entry.finished(trainer.finished(), len(ready.grid) - 1, problem.guidance_scale)
     scale = taught_scale(problem, plan)
-    return Sampler(student, ready.grid, problem.shape, ready.sampler, scale, provenance)
+    return Sampler(student, ready.grid, problem.shape, ready.sampler, scale, provenance, ready.sampling)
 
 
 def load_stage(place: Path, identity: dict[str, Any], device: torch.device) -> Sampler:
