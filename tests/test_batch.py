@@ -426,6 +426,7 @@ def test_ready_files_pass_the_check() -> None:
         "dmd2-ssd1b",
         "sfd-cifar10",
         "sfd-imagenet64",
+        "sfd-sd15",
     } <= {batch.name for batch in checked.batches}
     reference = next(batch for batch in checked.batches if batch.name == "reference")
     assert not [line for run in reference.runs for line in checked.missing[run.folder]]
