@@ -2,13 +2,15 @@
 
 Every sentence of the pages with a number or a comparison has a claim in `nbs/12_results/claims.yaml`: expressions for
 its numbers, in their order, and conditions for what it says in words. Without arguments: say what no longer holds.
-With --mend: write the numbers of the kept results into the sentences (what is said in words is mended by hand).
+With --mend: write the numbers of the kept results into the sentences (what is said in words is mended by hand), and
+README's tables of the menu and the chapters anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -213,6 +215,9 @@ class Claim:
     holds: list[str] = field(default_factory=list)
     why: str = ""
 
+    def __post_init__(self) -> None:
+        self.figures = str(self.figures)  # YAML reads a lone number as one
+
     def value(self, expression: str) -> Any:
         """The value of an expression in terms of the experiment's kept results."""
         asked = Figures(self.of, self.steps, self.metric)
@@ -293,6 +298,25 @@ def mend(page: str) -> int:
     return len(edits)
 
 
+def tables(cells: list[dict]) -> Iterator[tuple[dict, str]]:
+    """README's tables: each cell that shows one, and what its function makes of the menu and the chapters of today."""
+    made: dict[str, Any] = {}
+    for source in ("".join(cell["source"]) for cell in cells):
+        if re.search(r"^def \w+_table\(", source, re.M):
+            exec(source, made)
+    for cell in cells:
+        if shown := re.search(r"^Markdown\((\w+_table)\(\)\)$", "".join(cell["source"]), re.M):
+            yield cell, made[shown[1]]()
+
+
+def renew_tables(page: str = "index.ipynb") -> None:
+    """Store README's tables as they are today."""
+    notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
+    for cell, text in tables(notebook["cells"]):
+        cell["outputs"][0]["data"]["text/markdown"] = text.splitlines(keepends=True)
+    (ROOT / page).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Say what no longer holds, page by page; with --mend, write the kept numbers first."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -301,6 +325,9 @@ def main() -> None:
     pages = list(yaml.safe_load((ROOT / CLAIMS).read_text(encoding="utf-8")))
     for page in pages if mending else ():
         print(f"{page}: {mend(page)} numbers written")
+    if mending:
+        os.chdir(ROOT)
+        renew_tables()
     found = [message for page in pages for message in stale(page)]
     sys.exit("\n".join(found) or None)
 
