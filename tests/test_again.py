@@ -49,7 +49,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "prompt_inversion": (
         {"count": 2, "updates": 2, "restarts": 1, "per_prompt": 2, "tokens": 3, "teacher_steps": 2, "few_steps": 1},
-        {"updates": 1},
+        {"tokens": 2},
         {"per_prompt": 3},
     ),
     "adapter": (

@@ -309,7 +309,7 @@ def test_a_folder_of_another_problem(change: str, tmp_path: Path) -> None:
 
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """One bad sample stops the run at the update that meets it; mended, the run goes on as if nothing had been."""
-    plan = tiny.plan(collected=(0.0, 0.0), updates=15, batch=4, checkpoint_every=5)
+    plan = tiny.plan(collected=(0.0, 0.0), updates=15, batch=4, checkpoint_every=5, reflection="off")
     good, bad = tiny.problem(data=tiny.problem().data), tiny.problem()
     twelfth = shuffled_indices(len(bad.data), 4, 11, plan.settings(4).seed)  # twelve batches of 4 out of 50: all new
     row = twelfth[0]

@@ -88,7 +88,7 @@ WAYS = {
     "PD": {"collected": (0.0, 0.0)},
     "DDIL": {},
     "LCM": {"method": "lcm", "collected": (0.0, 0.0)},
-    "SFD": {"method": "sfd"},
+    "SFD": {"method": "sfd", "spacing": "time", "sigma_min": 0.0, "analytic": False},
 }
 MEMORY = {
     "DDIL": {},
@@ -120,8 +120,9 @@ def plan_for(size: str, way: dict, batch: int, **more) -> Plan:
         ema=None,
         reflection="off",
     )
-    values |= {} if way.get("method") == "sfd" else {"capacity": 4 * batch}
-    return Plan(**{**values, **way, **more})
+    values |= way | more
+    walks = values.get("method") != "sfd" and any(values.get("collected", (1,)))
+    return Plan(**{"capacity": 4 * batch, **values} if walks else values)
 
 
 def trainer_for(size: str, plan: Plan, device: str) -> Trainer:

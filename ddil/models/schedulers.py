@@ -127,12 +127,12 @@ def _betas(base: TextDenoiser) -> dict:
 
 def _thresholding(sampler: Sampler) -> dict:
     """How a scheduler says that clean estimates are thresholded."""
+    network = sampler.denoiser
+    for known in (Reflected, Guided):  # the scheduler clips, and before it the pipeline guides
+        network = network.denoiser if isinstance(network, known) else network
+    if network is not innermost(network):
+        raise ValueError(f"a {type(network).__name__} wrapper cannot leave with a pipeline: export the student itself")
     if not isinstance(sampler.denoiser, Reflected):
-        guided = isinstance(sampler.denoiser, Guided)  # which is left to the pipeline
-        if (sampler.denoiser.denoiser if guided else sampler.denoiser) is not innermost(sampler.denoiser):
-            raise ValueError(
-                f"a {type(sampler.denoiser).__name__} wrapper cannot leave with a pipeline: export the student itself"
-            )
         return {"clip_sample": False}
     threshold = sampler.denoiser.threshold
     if threshold.kind == "static" and (threshold.bound != 1 or sampler.solver == "consistency"):
