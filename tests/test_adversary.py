@@ -188,7 +188,7 @@ def test_parts_add_up_to_the_batch(rollin: str, monkeypatch: pytest.MonkeyPatch)
         alpha, sigma = coefficients(schedule, t, x)
         return x * cast(alpha, x.dtype) + noise * cast(sigma, x.dtype), t
 
-    monkeypatch.setattr(add, "noised", own_noise)
+    monkeypatch.setattr(add, "noised_at_random", own_noise)
     whole, parts = (trainer(rollin, updates=1, accumulate=accumulate).fit() for accumulate in (1, 4))
     one, other = (
         {key: value for key, value in learnt(run).items() if key.endswith(" exp_avg")} for run in (whole, parts)
